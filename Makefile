@@ -1,0 +1,38 @@
+# Targets: env (makes .venv), test, lint, type, format.
+#
+# torch: on Linux without nvidia-smi the CPU build is demanded by name, so that pip never fetches CUDA libraries.  pip
+# must then be able to see it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or PIP_FIND_LINKS=<folder with
+# the wheel>.  TORCH=torch==2.13.0 takes whatever build the index offers.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ifeq ($(shell uname -s)$(shell command -v nvidia-smi),Linux)
+TORCH ?= torch==2.13.0+cpu
+else
+TORCH ?= torch==2.13.0
+endif
+
+.PHONY: env test lint type format
+
+env: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)" -e ".[dev]" \
+		|| { echo "make env: pip failed; if it found no $(TORCH), see the top of the Makefile" >&2; exit 1; }
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: env
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

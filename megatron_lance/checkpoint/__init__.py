@@ -1,0 +1,1 @@
+"""Checkpoints and the interchange with the public Hugging Face layout."""

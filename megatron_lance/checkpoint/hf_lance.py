@@ -1,0 +1,288 @@
+"""The public Lance key layout and this project's parameters (spec/model.md section 9).
+
+Station: start of a run (weights by public key -> this rank's parameters).  One table says which public tensors make up
+a parameter, how they are joined, and how the joined tensor is sharded over tensor-parallel ranks; loading a checkpoint,
+random initialisation and the parity check all go through it.
+
+Weight layout: Megatron's QKV is interleaved per key/value group [q..., k, v]; fc1 is [gate; up], each sharded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from megatron_lance.config.schema import ModelConfig
+from megatron_lance.packing.rng import stream
+
+Shape = tuple[int, ...]
+
+IGNORED_KEYS = ("latent_pos_embed.pos_embed", "vit_model.")
+"""Keys of public checkpoints that this model rebuilds or holds elsewhere."""
+
+
+class CheckpointError(ValueError):
+    """Public weights that do not fit the model; lists every offending tensor."""
+
+
+class WeightSource(Protocol):
+    """Tensors by public key."""
+
+    def get(self, key: str, shape: Shape) -> torch.Tensor:
+        """The tensor of `key`, which has `shape`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How public tensors become one parameter.
+
+    Attributes:
+        keys: public keys, in the order `join` takes them.
+        shapes: their shapes.
+        join: the public tensors -> the whole parameter.
+        shard_dim: dimension of the joined tensor that is sharded over tp ranks; None if replicated.
+        parts: number of equal parts along shard_dim that are sharded each on its own (2 for [gate; up]).
+    """
+
+    keys: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    shard_dim: int | None = None
+    parts: int = 1
+
+    def local(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp: int) -> torch.Tensor:
+        """This tp rank's shard of the joined tensors."""
+        whole = self.join(tensors)
+        if self.shard_dim is None or tp == 1:
+            return whole
+        pieces = [part.chunk(tp, self.shard_dim)[tp_rank] for part in whole.chunk(self.parts, self.shard_dim)]
+        return torch.cat(pieces, self.shard_dim)
+
+
+def _single(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0]
+
+
+def _interleave_qkv(groups: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    """Q, k, v [heads * d, ...] -> per key/value group [q..., k, v]."""
+
+    def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        per_group = [t.reshape(groups, -1, *t.shape[1:]) for t in tensors]
+        return torch.cat(per_group, dim=1).reshape(-1, *tensors[0].shape[1:])
+
+    return join
+
+
+def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Binding]:
+    """One expert of one layer; `suffix` is "" or "_moe_gen"."""
+    h, d, ffn = model.hidden_size, model.kv_channels, model.ffn_hidden_size
+    q, kv = model.num_attention_heads * d, model.num_query_groups * d
+    public = f"language_model.model.layers.{layer}."
+    attention = public + "self_attn."
+    qkv = tuple(f"{attention}{x}_proj{suffix}" for x in "qkv")
+    interleave = _interleave_qkv(model.num_query_groups)
+    mlp = f"{public}mlp{suffix}."
+
+    def single(key: str, *shape: int, shard_dim: int | None = None) -> Binding:
+        return Binding((key,), (shape,), _single, shard_dim)
+
+    return {
+        "input_layernorm.weight": single(f"{public}input_layernorm{suffix}.weight", h),
+        "pre_mlp_layernorm.weight": single(f"{public}post_attention_layernorm{suffix}.weight", h),
+        "self_attention.linear_qkv.weight": Binding(
+            tuple(f"{k}.weight" for k in qkv), ((q, h), (kv, h), (kv, h)), interleave, 0
+        ),
+        "self_attention.linear_qkv.bias": Binding(
+            tuple(f"{k}.bias" for k in qkv), ((q,), (kv,), (kv,)), interleave, 0
+        ),
+        "self_attention.linear_proj.weight": single(f"{attention}o_proj{suffix}.weight", h, q, shard_dim=1),
+        "self_attention.q_layernorm.weight": single(f"{attention}q_norm{suffix}.weight", d),
+        "self_attention.k_layernorm.weight": single(f"{attention}k_norm{suffix}.weight", d),
+        "mlp.linear_fc1.weight": Binding(
+            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), torch.cat, 0, parts=2
+        ),
+        "mlp.linear_fc2.weight": single(f"{mlp}down_proj.weight", h, ffn, shard_dim=1),
+    }
+
+
+def bindings(model: ModelConfig) -> dict[str, Binding]:
+    """Every parameter of the whole model by its global name (layers counted from 0 over all stages)."""
+    h, c, v = model.hidden_size, model.latent_channels, model.vocab_size
+    table = {
+        "embedder.word_embeddings.weight": Binding(
+            ("language_model.model.embed_tokens.weight",), ((v, h),), _single, 0
+        ),
+        "heads.lm_head.weight": Binding(("language_model.lm_head.weight",), ((v, h),), _single, 0),
+        "heads.und_norm.weight": Binding(("language_model.model.norm.weight",), ((h,),), _single),
+        "heads.gen_norm.weight": Binding(("language_model.model.norm_moe_gen.weight",), ((h,),), _single),
+    }
+    linears = (
+        ("embedder.vae2llm", "vae2llm", (h, c)),
+        ("heads.llm2vae", "llm2vae", (c, h)),
+        ("embedder.time_embedder.mlp.0", "time_embedder.mlp.0", (h, 256)),
+        ("embedder.time_embedder.mlp.2", "time_embedder.mlp.2", (h, h)),
+    )
+    for name, key, shape in linears:
+        table[f"{name}.weight"] = Binding((f"{key}.weight",), (shape,), _single)
+        table[f"{name}.bias"] = Binding((f"{key}.bias",), (shape[:1],), _single)
+    for layer in range(model.num_layers):
+        for expert, suffix in (("und", ""), ("gen", "_moe_gen")):
+            for name, binding in _layer_bindings(model, layer, suffix).items():
+                table[f"decoder.layers.{layer}.{expert}.{name}"] = binding
+    return table
+
+
+def public_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Every public key and its shape."""
+    return {
+        key: shape for b in bindings(model).values() for key, shape in zip(b.keys, b.shapes, strict=True)
+    }
+
+
+def global_parameters(stages: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters by their global names.
+
+    Args:
+        stages: the LanceModel chunks of this pipeline rank.
+    """
+    for stage in stages:
+        layers = stage.decoder.layers
+        for name, parameter in stage.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(layers[int(parts[2])].layer_number - 1)
+            yield ".".join(parts), parameter
+
+
+@torch.no_grad()
+def load_weights(
+    stages: Sequence[nn.Module], source: WeightSource, model: ModelConfig, *, tp_rank: int, tp: int
+) -> None:
+    """Fill every parameter of this rank from public tensors.
+
+    Args:
+        stages: the LanceModel chunks of this pipeline rank.
+        source: tensors by public key.
+        model: sizes.
+        tp_rank: this rank's place among the tensor-parallel ranks.
+        tp: tensor-parallel ranks.
+    """
+    table = bindings(model)
+    for name, parameter in global_parameters(stages):
+        binding = table[name]
+        tensors = [source.get(key, shape) for key, shape in zip(binding.keys, binding.shapes, strict=True)]
+        parameter.copy_(binding.local(tensors, tp_rank, tp))
+
+
+class TensorSource:
+    """Weights held in memory.
+
+    Args:
+        tensors: by public key.
+        model: sizes the tensors must have.
+
+    Raises:
+        CheckpointError: listing missing, unknown and misshapen tensors together.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], model: ModelConfig) -> None:
+        check_shapes({key: tuple(t.shape) for key, t in tensors.items()}, model, "the given weights")
+        self.tensors = tensors
+
+    def get(self, key: str, shape: Shape) -> torch.Tensor:
+        """The tensor of `key`."""
+        return self.tensors[key]
+
+
+class FolderSource:
+    """Weights in the safetensors files of a folder, read tensor by tensor.
+
+    Args:
+        folder: holds one or several *.safetensors files with public keys.
+        model: sizes the tensors must have.
+
+    Raises:
+        CheckpointError: if there is no such file, or tensors are missing, unknown or misshapen.
+    """
+
+    def __init__(self, folder: str | Path, model: ModelConfig) -> None:
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"training.init_from {str(folder)!r}: no *.safetensors file there; give a folder in the public "
+                "Lance layout"
+            )
+        self.files: dict[str, Path] = {}
+        shapes: dict[str, Shape] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    self.files[key] = file
+                    shapes[key] = tuple(handle.get_slice(key).get_shape())
+        check_shapes(shapes, model, str(folder))
+
+    def get(self, key: str, shape: Shape) -> torch.Tensor:
+        """The tensor of `key`."""
+        with safe_open(self.files[key], framework="pt") as handle:
+            return handle.get_tensor(key)
+
+
+def check_shapes(found: Mapping[str, Shape], model: ModelConfig, where: str) -> None:
+    """Compare public keys and shapes with what the model needs.
+
+    Raises:
+        CheckpointError: listing missing, unknown and misshapen tensors together.
+    """
+    wanted = public_shapes(model)
+    missing = [key for key in wanted if key not in found]
+    unknown = [key for key in found if key not in wanted and not key.startswith(IGNORED_KEYS)]
+    misshapen = [
+        f"{key}: found {found[key]}, the model needs {shape}"
+        for key, shape in wanted.items()
+        if key in found and found[key] != shape
+    ]
+    problems = [
+        f"{len(items)} {title}: " + "; ".join(items)
+        for title, items in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
+        if items
+    ]
+    if problems:
+        raise CheckpointError(f"weights of {where} do not fit the model. " + ". ".join(problems))
+
+
+class RandomSource:
+    """Initial weights as functions of (seed, public key): the same for every layout.
+
+    Norm weights are 1, attention biases 0, connectors and the time embedder as torch initialises linears, all other
+    matrices normal with standard deviation 0.02.
+
+    Args:
+        seed: the run's seed.
+    """
+
+    CONNECTORS = ("vae2llm.", "llm2vae.", "time_embedder.")
+
+    def __init__(self, seed: int, model: ModelConfig) -> None:
+        self.seed = seed
+        self.fan_in = {key.rsplit(".", 1)[0]: shape[-1] for key, shape in public_shapes(model).items() if len(shape) > 1}
+
+    def get(self, key: str, shape: Shape) -> torch.Tensor:
+        """The initial tensor of `key`, float32 `shape`."""
+        module = key.rsplit(".", 1)[0]
+        if module.endswith("norm") or module.endswith("norm_moe_gen"):
+            return torch.ones(shape)
+        rng = stream(self.seed, "weight", key)
+        if key.startswith(self.CONNECTORS):
+            bound = 1 / math.sqrt(self.fan_in[module])
+            return torch.from_numpy(rng.uniform(-bound, bound, shape)).float()
+        if key.endswith(".bias"):
+            return torch.zeros(shape)
+        return torch.from_numpy(rng.standard_normal(shape, dtype="float32")) * 0.02

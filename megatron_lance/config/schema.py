@@ -1,0 +1,179 @@
+"""Every setting of a run as frozen dataclasses; the unit or shape of each field is in its comment.
+
+Names of degrees, batch sizes and optimizer settings are Megatron's.  The loader (loader.py) fills these from YAML
+files and dotted overrides; `validate` (validate.py) holds the rules for values and between fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and variants of the model (spec/model.md sections 1, 4, 8). Defaults are Lance-3B."""
+
+    num_layers: int = 36  # dual-expert layers
+    hidden_size: int = 2048  # channels
+    ffn_hidden_size: int = 11008  # channels, SwiGLU
+    num_attention_heads: int = 16  # query heads
+    num_query_groups: int = 2  # key/value heads
+    kv_channels: int = 128  # channels per head
+    vocab_size: int = 151936  # rows of embedding and LM head; the tokenizer may use fewer
+    layernorm_epsilon: float = 1e-6
+    rotary_base: float = 1e6
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies per axis (temporal, height, width)
+    rope_inv_freq_dtype: str = "float32"  # float32 | bfloat16 (what the released weights were trained with)
+    mape: str = "release"  # release | paper | none
+    mape_step: int = 1000  # temporal distance between modality groups
+    latent_channels: int = 48  # VAE channels
+    latent_position_frames: int = 31  # rows of the frozen position table along time
+    latent_position_size: int = 64  # rows of the frozen position table along height and along width
+    attention_backend: str = "sdpa"  # sdpa | dense
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees and memory switches, by Megatron's names. Sequence parallelism is always on when TP > 1."""
+
+    tensor_model_parallel_size: int = 1  # ranks
+    pipeline_model_parallel_size: int = 1  # ranks
+    virtual_pipeline_model_parallel_size: int | None = None  # model chunks per pipeline rank
+    context_parallel_size: int = 1  # ranks
+    num_layers_in_first_pipeline_stage: int | None = None  # layers
+    num_layers_in_last_pipeline_stage: int | None = None  # layers
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: str | None = None  # None | full
+    recompute_num_layers: int = 1  # layers per recomputed chunk (uniform)
+    region_alignment: int = 8  # rows; each expert region per TP rank is a multiple of it
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set: parquet files of one schema and task."""
+
+    name: str  # stable; part of every sample id
+    path: str  # file, folder or glob; fsspec URLs allowed
+    task: str  # t2i | t2v | i2v | i_edit | v_edit | s2i | s2v | i2t | v2t | t2t
+    weight: float = 1.0  # relative share of samples
+    frame_conditions: str = "first"  # i2v: first | first_last
+    raw_bytes_input: bool = True  # media columns hold bytes; False: paths or URLs
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """System prompts (spec/data.md section 2); {v} becomes image or video, the target's kind."""
+
+    generation: str = (
+        "Describe the {v} by detailing the color, quantity, visible text, shape, size, texture, spatial relationships "
+        "and motion/camera movements of the objects and background:"
+    )
+    generation_image_inference: str = (
+        "Describe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships of the "
+        "objects and background:"
+    )
+    editing: str = (
+        "Describe the key features of the input {v} (color, shape, size, texture, objects, background), then explain "
+        "how the user’s text instruction should alter or modify the {v}. Generate a new {v} that meets the user’s "
+        "requirements while maintaining consistency with the original input where appropriate."
+    )
+    subject: str = (
+        "Describe the key features of the input image (color, shape, size, texture, objects, background, style), then "
+        "incorporate the user’s text description to generate a new {v} that satisfies the user’s requirements while "
+        "preserving the essential identity and object or style information from the reference input."
+    )
+    captioning: str = (
+        "Generate a detailed and accurate description of the {v}, including all the key moments and visual details."
+    )
+    understanding: str = "View the {v} attentively and provide a suitable answer to the posed question."
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are sized and packed (spec/data.md)."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    pack_index: str = ""  # folder written by tools/prepack.py
+    epochs: int = 1  # passes over the mixture that prepack plans; training wraps round behind them
+    tokenizer: str = ""  # folder with tokenizer.json
+    seq_length: int = 50000  # tokens, capacity of a pack (the recipes' max)
+    vae_resolution: int = 640  # pixels; bucket area is its square
+    vit_resolution: int = 616  # pixels
+    target_fps: float = 12.0  # frames per second
+    max_seconds_generation: float = 6.0  # seconds, generation and editing
+    max_seconds_understanding: float = 2.0  # seconds
+    frame_sampling: str = "release"  # release (whole clip, compressed in time) | trim (its first max_seconds)
+    caption_dropout: float = 0.1  # probability, release scheme
+    condition_dropout: float = 0.1  # probability per condition image, ViT and VAE together
+    decode: str = "host"  # host (PyAV on a CPU) | mixed (NVDEC)
+    decode_threads: int = 2  # threads per rank
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen encoders. An empty path gives a small random model, for trials and tests."""
+
+    vit_path: str = ""  # folder in the Qwen2.5-VL layout (config.json, safetensors)
+    vae: str = "wan"  # wan (diffusers AutoencoderKLWan, Wan2.2) | block_transform (weight-free codec)
+    vae_path: str = ""  # folder in the diffusers layout
+    posterior: str = "mean"  # mean | sample
+    small_vit_hidden: int = 32  # channels of the small random ViT
+    small_vit_depth: int = 2  # blocks of the small random ViT
+    small_vit_heads: int = 2  # heads of the small random ViT
+    dtype: str = "float32"  # float32 | bfloat16
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Losses and flow matching (spec/model.md sections 5 and 6)."""
+
+    ce_weight: float = 0.25
+    mse_weight: float = 1.0
+    timestep_shift: float = 1.0
+    timestep_distribution: str = "logit_normal"  # logit_normal | uniform
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW through megatron-core (spec/recipes.md)."""
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0  # global gradient norm
+    lr_decay_style: str = "constant"  # constant | cosine
+    lr_warmup_iters: int = 0  # steps
+    lr_decay_iters: int | None = None  # steps; None: train_iters
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    train_iters: int = 1000  # steps
+    global_batch_size: int = 1  # packs per step
+    micro_batch_size: int = 1  # packs per micro-batch; a pack is a micro-batch, so always 1
+    seed: int = 1234
+    precision: str = "bf16"  # float32 | bf16 (float32 main weights and gradients)
+    init_from: str = ""  # folder in the public Lance layout; empty: random by (seed, parameter name)
+    run_dir: str = "runs/default"  # everything a run writes
+    log_interval: int = 1  # steps
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    encoders: EncoderConfig = field(default_factory=EncoderConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -1,0 +1,246 @@
+"""Rules for the values of a configuration and between its fields.
+
+Station: after the loader, before any process group exists.  In: `RunConfig` and the number of ranks.  Out: nothing,
+or one `ConfigError` with a line per broken rule: field, value, rule, remedy.  Whether files and folders exist is
+checked by what reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_lance.config.loader import ConfigError
+from megatron_lance.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+
+TASKS = ("t2i", "t2v", "i2v", "i_edit", "v_edit", "s2i", "s2v", "i2t", "v2t", "t2t")
+
+_CHOICES: dict[str, Sequence[str | None]] = {
+    "model.rope_inv_freq_dtype": ("float32", "bfloat16"),
+    "model.mape": ("release", "paper", "none"),
+    "model.attention_backend": ("sdpa", "dense"),
+    "parallel.recompute_granularity": (None, "full"),
+    "data.frame_sampling": ("release", "trim"),
+    "data.decode": ("host", "mixed"),
+    "encoders.vae": ("wan", "block_transform"),
+    "encoders.posterior": ("mean", "sample"),
+    "encoders.dtype": ("float32", "bfloat16"),
+    "objective.timestep_distribution": ("logit_normal", "uniform"),
+    "optimizer.lr_decay_style": ("constant", "cosine"),
+    "training.precision": ("float32", "bf16"),
+}
+_POSITIVE = (
+    "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_query_groups "
+    "model.kv_channels model.vocab_size model.layernorm_epsilon model.rotary_base model.mape_step "
+    "model.latent_channels model.latent_position_frames model.latent_position_size "
+    "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size "
+    "parallel.recompute_num_layers parallel.region_alignment "
+    "data.seq_length data.vae_resolution data.vit_resolution data.target_fps data.max_seconds_generation "
+    "data.max_seconds_understanding data.decode_threads "
+    "encoders.small_vit_hidden encoders.small_vit_depth encoders.small_vit_heads "
+    "objective.timestep_shift optimizer.adam_eps "
+    "training.train_iters training.global_batch_size training.log_interval"
+).split()
+_NOT_NEGATIVE = (
+    "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
+    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed"
+).split()
+_PROBABILITIES = ("data.caption_dropout", "data.condition_dropout")
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Refuse a configuration that no run of `world_size` ranks can follow.
+
+    Args:
+        config: the configuration.
+        world_size: ranks of the run.
+
+    Raises:
+        ConfigError: one line per broken rule.  Rules between fields are looked at only once every single value is
+            possible by itself.
+    """
+    problems = list(_values(config)) or [
+        *_degrees(config, world_size),
+        *_layer_split(config),
+        *_model(config.model),
+        *_tensor_split(config.model, config.parallel),
+        *_video_length(config.data, config.model),
+        *_sources(config.data),
+        *_small_vit(config),
+        *_optimizer(config.optimizer, config.training.train_iters),
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _get(config: RunConfig, field: str) -> object:
+    section, name = field.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _values(config: RunConfig) -> Iterator[str]:
+    """Rules for one value by itself."""
+    for field, choices in _CHOICES.items():
+        yield from _choice(field, _get(config, field), choices)
+    for i, source in enumerate(config.data.sources):
+        yield from _choice(f"data.sources.{i}.task", source.task, TASKS)
+        yield from _choice(f"data.sources.{i}.frame_conditions", source.frame_conditions, ("first", "first_last"))
+        if source.weight < 0:
+            yield f"data.sources.{i}.weight = {source.weight}: must not be negative; set 0 to leave the source out"
+    for field in _POSITIVE:
+        if not (value := _number(config, field)) > 0:
+            yield f"{field} = {value}: must be positive; set a value above 0"
+    for field in _NOT_NEGATIVE:
+        if not (value := _number(config, field)) >= 0:
+            yield f"{field} = {value}: must not be negative; set 0 or more"
+    for field in _PROBABILITIES:
+        if not 0 <= (value := _number(config, field)) <= 1:
+            yield f"{field} = {value}: is a probability; set a value from 0 to 1"
+    for field in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+        if not 0 <= (value := _number(config, field)) < 1:
+            yield f"{field} = {value}: must be at least 0 and below 1; the recipes use 0.9 and 0.95"
+    vpp = config.parallel.virtual_pipeline_model_parallel_size
+    if vpp is not None and vpp < 2:
+        yield f"parallel.virtual_pipeline_model_parallel_size = {vpp}: must be at least 2; set null for no interleaving"
+
+
+def _number(config: RunConfig, field: str) -> float:
+    value = _get(config, field)
+    assert isinstance(value, (int, float)), field
+    return value
+
+
+def _choice(field: str, value: object, choices: Sequence[str | None]) -> Iterator[str]:
+    if value not in choices:
+        yield f"{field} = {value}: unknown choice; set one of {', '.join('null' if c is None else c for c in choices)}"
+
+
+def _degrees(config: RunConfig, world_size: int) -> Iterator[str]:
+    """World size, global batch and micro-batches (design: one error that prints the equation)."""
+    p, t = config.parallel, config.training
+    tp, cp, pp = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
+    dp = max(world_size // (tp * cp * pp), 1)
+    if tp * cp * pp * dp != world_size:
+        yield (
+            f"parallel: tp {tp} x cp {cp} x pp {pp} x dp {dp} = {tp * cp * pp * dp}, but world size is {world_size}; "
+            f"start a multiple of {tp * cp * pp} ranks or change the degrees"
+        )
+        return
+    if t.micro_batch_size != 1:
+        yield f"training.micro_batch_size = {t.micro_batch_size}: a pack is a micro-batch; set 1"
+    if t.global_batch_size % dp:
+        yield (
+            f"training.global_batch_size = {t.global_batch_size}: must be divisible by dp {dp} = world size "
+            f"{world_size} / (tp {tp} x cp {cp} x pp {pp}); set a multiple of {dp}"
+        )
+    elif p.virtual_pipeline_model_parallel_size is not None and t.global_batch_size // dp % pp:
+        yield (
+            f"training.global_batch_size = {t.global_batch_size}: with virtual pipeline stages the "
+            f"{t.global_batch_size // dp} micro-batches of a replica (dp {dp}) must be divisible by pp {pp}; "
+            f"set a multiple of {dp * pp}"
+        )
+    if p.overlap_param_gather and not (p.use_distributed_optimizer and p.overlap_grad_reduce):
+        yield (
+            "parallel.overlap_param_gather = True: needs parallel.use_distributed_optimizer and "
+            "parallel.overlap_grad_reduce; set both true or this false"
+        )
+
+
+def _layer_split(config: RunConfig) -> Iterator[str]:
+    """Layers over pipeline ranks and model chunks, by Megatron's rules for uneven first and last stages."""
+    p, layers = config.parallel, config.model.num_layers
+    pp, vpp = p.pipeline_model_parallel_size, p.virtual_pipeline_model_parallel_size
+    ends = {
+        f"parallel.{name}": value
+        for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (value := getattr(p, name)) is not None
+    }
+    if pp == 1:
+        for field, value in {"parallel.virtual_pipeline_model_parallel_size": vpp, **ends}.items():
+            if value is not None:
+                yield f"{field} = {value}: needs pp > 1; set null or raise parallel.pipeline_model_parallel_size"
+        return
+    chunks = vpp or 1
+    for field, value in ends.items():
+        if value < 1 or value % chunks:
+            yield f"{field} = {value}: must be a positive multiple of vpp {chunks}; change one of them"
+    middle, stages = layers - sum(ends.values()), pp - len(ends)
+    fits = middle == 0 if stages == 0 else middle > 0 and middle % (stages * chunks) == 0
+    if not fits:
+        uneven = "".join(f" - {value}" for value in ends.values())
+        yield (
+            f"model.num_layers = {layers}: {layers}{uneven} = {middle} layers must split evenly over {stages} pipeline "
+            f"stages x vpp {chunks}; change num_layers, the degrees or the layers of the first and last stage"
+        )
+
+
+def _model(m: ModelConfig) -> Iterator[str]:
+    """Shapes of the model by itself."""
+    if m.hidden_size % 2:
+        yield f"model.hidden_size = {m.hidden_size}: must be even for the sin-cos position table; change it"
+    if m.num_attention_heads % m.num_query_groups:
+        yield (
+            f"model.num_attention_heads = {m.num_attention_heads}: must be divisible by model.num_query_groups "
+            f"{m.num_query_groups}; change one of them"
+        )
+    if len(m.mrope_section) != 3 or min(m.mrope_section) < 0 or 2 * sum(m.mrope_section) != m.kv_channels:
+        yield (
+            f"model.mrope_section = {list(m.mrope_section)}: must be three counts (temporal, height, width) with "
+            f"2 x sum = model.kv_channels {m.kv_channels}, but 2 x sum = {2 * sum(m.mrope_section)}; change one of them"
+        )
+
+
+def _tensor_split(m: ModelConfig, p: ParallelConfig) -> Iterator[str]:
+    """What tensor parallelism shards."""
+    tp = p.tensor_model_parallel_size
+    for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+        if (value := getattr(m, name)) % tp:
+            yield f"model.{name} = {value}: must be divisible by tp {tp}; change it or the degree"
+    if m.num_query_groups % tp and tp % m.num_query_groups:
+        yield f"model.num_query_groups = {m.num_query_groups}: must be a multiple or a divisor of tp {tp}; change one"
+
+
+def _video_length(d: DataConfig, m: ModelConfig) -> Iterator[str]:
+    """The longest clip against the rows of the position table (frame rule: spec/data.md section 3)."""
+    frames = round(d.max_seconds_generation * d.target_fps)
+    frames = max(4 * (frames // 4) + 1 if frames % 4 else frames - 3, 1)
+    latent_frames = (frames - 1) // 4 + 1
+    if latent_frames > m.latent_position_frames:
+        yield (
+            f"data.max_seconds_generation = {d.max_seconds_generation}: {frames} frames at {d.target_fps} fps are "
+            f"{latent_frames} latent frames, but model.latent_position_frames is {m.latent_position_frames}; shorten "
+            "the clips or enlarge the table"
+        )
+
+
+def _sources(d: DataConfig) -> Iterator[str]:
+    """The data sets beside one another."""
+    names = [s.name for s in d.sources]
+    for i, name in enumerate(names):
+        if not name or name in names[:i]:
+            yield f"data.sources.{i}.name = {name!r}: must be unique and not empty; it is part of every sample id"
+    if d.sources and not any(s.weight > 0 for s in d.sources):
+        yield "data.sources: every weight is 0; give at least one source a positive weight"
+
+
+def _small_vit(config: RunConfig) -> Iterator[str]:
+    """The small random ViT: its rotary embedding halves a head once per image axis."""
+    e = config.encoders
+    if not e.vit_path and e.small_vit_hidden % (4 * e.small_vit_heads):
+        yield (
+            f"encoders.small_vit_hidden = {e.small_vit_hidden}: must be divisible by 4 x encoders.small_vit_heads "
+            f"{e.small_vit_heads}; change one of them"
+        )
+
+
+def _optimizer(o: OptimizerConfig, train_iters: int) -> Iterator[str]:
+    """The learning-rate schedule."""
+    decay = train_iters if o.lr_decay_iters is None else o.lr_decay_iters
+    if decay < 1:
+        yield f"optimizer.lr_decay_iters = {decay}: must be positive; set null for training.train_iters"
+    elif o.lr_warmup_iters >= min(decay, train_iters):
+        yield (
+            f"optimizer.lr_warmup_iters = {o.lr_warmup_iters}: must be below training.train_iters {train_iters} and "
+            f"optimizer.lr_decay_iters {decay}; shorten the warm-up or lengthen the run"
+        )
+    if o.min_lr > o.lr:
+        yield f"optimizer.min_lr = {o.min_lr}: must not exceed optimizer.lr {o.lr}; lower it"

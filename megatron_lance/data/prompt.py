@@ -1,0 +1,217 @@
+"""Prompts: the chat template, tokenised with the place of every caption, label and visual block.
+
+Station: record -> [task -> prompt] -> sample.  In: the pieces of a prompt (text, special tokens, visual blocks of
+known length).  Out: token ids and the spans that a sample is built from (spec/data.md section 2).
+
+The ids are those of the whole prompt tokenised as one string.  Special tokens cut a string before the byte pair
+merges run, so the text between two of them is tokenised on its own, and the N placeholders of a visual block are
+written as ids, never as text.  Text of a record that spells a special token stays text: only the template makes
+structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import tokenizers
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+VIDEO_PAD = "<|video_pad|>"
+SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD)
+
+
+class TokenizerError(ValueError):
+    """The tokenizer's folder is not usable."""
+
+
+class Role(StrEnum):
+    """What a piece of text is for."""
+
+    TEMPLATE = "template"
+    CAPTION = "caption"
+    """Dropped for the unconditional branch."""
+    ANSWER = "answer"
+    """CE labels."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of text; special tokens spelled in it stay text."""
+
+    text: str
+    role: Role = Role.TEMPLATE
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token of the template, by its text."""
+
+    token: str
+    role: Role = Role.TEMPLATE
+
+
+@dataclass(frozen=True)
+class Visual:
+    """A visual block: start marker, `content_length` placeholders, end marker."""
+
+    content_length: int
+
+
+Piece = Text | Special | Visual
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A tokenised prompt.
+
+    Attributes:
+        token_ids: of the sample; visual content holds the video_pad id.
+        visual_spans: [start, stop) of each visual block, markers included, in order.
+        caption_span: [start, stop) of the caption; None if it has no token.
+        label_spans: [start, stop) of the CE labels.
+    """
+
+    token_ids: tuple[int, ...]
+    visual_spans: tuple[Span, ...]
+    caption_span: Span | None
+    label_spans: tuple[Span, ...]
+
+
+class Tokenizer:
+    """A byte-level BPE in the Hugging Face layout with the special tokens of the chat template.
+
+    Attributes:
+        im_start, im_end, vision_start, vision_end, video_pad: token ids.
+        size: number of tokens, added ones included; the model's vocabulary rows may be more.
+        sha256: hex digest of tokenizer.json.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Load `folder`/tokenizer.json.
+
+        Raises:
+            TokenizerError: if the file is absent, is not JSON, or lacks a special token.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not str(folder) or not path.is_file():
+            raise TokenizerError(
+                f"data.tokenizer '{folder}': has no tokenizer.json; give the folder of a Qwen2.5-VL tokenizer"
+            )
+        content = path.read_bytes()
+        try:
+            added = {token["content"]: token for token in json.loads(content)["added_tokens"]}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise TokenizerError(
+                f"data.tokenizer '{folder}': tokenizer.json is not readable ({error!r}); copy it again"
+            ) from error
+        for name in SPECIAL_TOKENS:
+            token = added.get(name)
+            if token is None or not token["special"]:
+                raise TokenizerError(
+                    f"data.tokenizer '{folder}': lacks the special token {name}; it has {sorted(added)}; "
+                    "use a tokenizer with the Qwen2.5-VL special tokens"
+                )
+            if token["normalized"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
+                raise TokenizerError(
+                    f"data.tokenizer '{folder}': special token {name} changes the text beside it; "
+                    "set normalized, lstrip, rstrip and single_word to false"
+                )
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        self._tokenizer.encode_special_tokens = True  # special tokens spelled in a record stay text
+        self._tokenizer.post_processor = None  # the template is written here; offsets stay untrimmed
+        self._ids = {name: added[name]["id"] for name in SPECIAL_TOKENS}
+        self.im_start = self._ids[IM_START]
+        self.im_end = self._ids[IM_END]
+        self.vision_start = self._ids[VISION_START]
+        self.vision_end = self._ids[VISION_END]
+        self.video_pad = self._ids[VIDEO_PAD]
+        self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def encode(self, pieces: Iterable[Piece]) -> EncodedPrompt:
+        """Tokenise a prompt.
+
+        A token that begins before a caption or an answer (whitespace merged across the edge) counts as template.
+
+        Args:
+            pieces: in order.
+
+        Returns:
+            The ids of the prompt tokenised as one string, and the spans tracked on the way.
+
+        Raises:
+            ValueError: if the caption is not contiguous.
+        """
+        ids: list[int] = []
+        visual_spans: list[Span] = []
+        spans: dict[Role, list[Span]] = {role: [] for role in Role}
+        for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
+            run = list(group)
+            if is_text:
+                text_ids, roles = self._encode_run([piece for piece in run if isinstance(piece, Text)])
+                for token_id, role in zip(text_ids, roles, strict=True):
+                    _extend(spans[role], len(ids))
+                    ids.append(token_id)
+                continue
+            for piece in run:
+                if isinstance(piece, Special):
+                    _extend(spans[piece.role], len(ids))
+                    ids.append(self._ids[piece.token])
+                elif isinstance(piece, Visual):
+                    visual_spans.append((len(ids), len(ids) + piece.content_length + 2))
+                    ids += [self.vision_start, *[self.video_pad] * piece.content_length, self.vision_end]
+        captions = spans[Role.CAPTION]
+        if len(captions) > 1:
+            raise ValueError(f"prompt with {len(captions)} separate captions: join them into one piece of text")
+        return EncodedPrompt(
+            tuple(ids), tuple(visual_spans), captions[0] if captions else None, tuple(spans[Role.ANSWER])
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def _encode_run(self, run: list[Text]) -> tuple[list[int], list[Role]]:
+        """Ids of adjacent texts tokenised together, and the role of the text in which each token begins."""
+        encoding = self._tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
+        ends = list(accumulate(len(piece.text) for piece in run))
+        return encoding.ids, [run[bisect_right(ends, start)].role for start, _ in encoding.offsets]
+
+
+def _extend(spans: list[Span], at: int) -> None:
+    """Add position `at` to the last span if it touches it, else begin a new one."""
+    if spans and spans[-1][1] == at:
+        spans[-1] = (spans[-1][0], at + 1)
+    else:
+        spans.append((at, at + 1))
+
+
+def chat(system: str, user: Sequence[Piece], output: Sequence[Piece]) -> list[Piece]:
+    """The chat template of one turn (spec/data.md section 2); no trailing newline.
+
+    Args:
+        system: the system prompt.
+        user: condition blocks, caption or question.
+        output: the answer or the noisy block. The closing im_end of an answer is a label too.
+
+    Returns:
+        All pieces in order.
+    """
+    is_answer = any(isinstance(piece, Text) and piece.role is Role.ANSWER for piece in output)
+    return [
+        *[Special(IM_START), Text(f"system\n{system}"), Special(IM_END), Text("\n")],
+        *[Special(IM_START), Text("user\n"), *user, Special(IM_END), Text("\n")],
+        *[Special(IM_START), Text("assistant\n"), *output],
+        Special(IM_END, Role.ANSWER if is_answer else Role.TEMPLATE),
+    ]

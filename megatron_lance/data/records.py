@@ -1,0 +1,354 @@
+"""Records: parquet rows of every schema, addressed by (file, row).
+
+Station: parquet files -> [record] -> task -> sample.  In: the files of one source (spec/data.md section 1).  Out:
+records of one shape for all schemas (system prompt, inputs in order, target) and the bytes of their media.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_lance.config.schema import SourceConfig
+from megatron_lance.packing.sample import Task
+
+INTERLEAVE = ("interleave_array", "element_dtype_array")
+_OPEN_FILES = 16
+
+
+class DataSetError(ValueError):
+    """A data set that cannot be used: no files, an unreadable file, missing columns."""
+
+
+class RecordError(ValueError):
+    """A row that cannot become a sample; prepack reports it and goes on."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """A picture or clip of a record.
+
+    Attributes:
+        kind: "image" or "video".
+        element: where it lies in the row: a column name, or an index of the interleave array as digits.
+    """
+
+    kind: str
+    element: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of any schema.
+
+    Attributes:
+        source: name of the source.
+        file: name of the file below the source's folder.
+        row: row number in the file.
+        system: system prompt of the row; empty if it has none.
+        inputs: texts and media before the target, in order.
+        target: what is generated or answered.
+    """
+
+    source: str
+    file: str
+    row: int
+    system: str
+    inputs: tuple[str | Media, ...]
+    target: str | Media
+
+    @property
+    def sample_id(self) -> str:
+        """Stable name, unique over all sources."""
+        return f"{self.source}/{self.file}/{self.row}"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A parquet file: its name below the source's folder, where it lies, and its size in bytes."""
+
+    name: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """Columns of a flat schema; an input is a text column unless `media` names its kind."""
+
+    system: str | None
+    inputs: tuple[str, ...]
+    target: str
+    media: dict[str, str]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*([self.system] if self.system else []), *self.inputs, self.target)
+
+
+def _generation(kind: str) -> _Schema:
+    target = f"{kind}_bytes"
+    return _Schema(None, ("caption",), target, {target: kind})
+
+
+def _editing(kind: str) -> _Schema:
+    before, after = f"input_{kind}_bytes", f"output_{kind}_bytes"
+    return _Schema(None, (before, "caption"), after, {before: kind, after: kind})
+
+
+def _understanding(kind: str) -> _Schema:
+    return _Schema("caption_i", (f"{kind}_bytes", "caption_q"), "caption_a", {f"{kind}_bytes": kind})
+
+
+_FLAT_SCHEMAS = {
+    Task.T2I: _generation("image"),
+    Task.T2V: _generation("video"),
+    Task.I2V: _generation("video"),
+    Task.I_EDIT: _editing("image"),
+    Task.V_EDIT: _editing("video"),
+    Task.I2T: _understanding("image"),
+    Task.V2T: _understanding("video"),
+    Task.T2T: _Schema("caption_i", ("caption_q",), "caption_a", {}),
+}
+
+
+class _Lru:
+    """Values by key, bounded by total weight; the newest value stays even if it alone is heavier."""
+
+    def __init__(self, bound: int, dispose: Callable[[Any], None] | None = None) -> None:
+        self._bound, self._dispose = bound, dispose
+        self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._weight = 0
+
+    def get(self, key: Any, make: Callable[[], tuple[Any, int]]) -> Any:
+        """The value of `key`; `make` gives (value, weight) where it is absent."""
+        if key not in self._values:
+            self._values[key] = make()
+            self._weight += self._values[key][1]
+            while self._weight > self._bound and len(self._values) > 1:
+                _, (value, weight) = self._values.popitem(last=False)
+                self._weight -= weight
+                if self._dispose is not None:
+                    self._dispose(value)
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+
+class RecordReader:
+    """Rows of one source by (file, row); holds a bounded cache of row groups, one column each.
+
+    Attributes:
+        files: sorted by name.
+    """
+
+    def __init__(self, source: SourceConfig, cache_bytes: int = 1 << 28) -> None:
+        """List the source's files; no file is opened.
+
+        Args:
+            source: path, task and form of the media.
+            cache_bytes: bound of the row-group cache, bytes.
+
+        Raises:
+            DataSetError: if the task is unknown or no parquet file is found.
+        """
+        if source.task not in list(Task):
+            raise DataSetError(
+                f"data.sources {source.name}: task '{source.task}' is unknown; use one of {', '.join(Task)}"
+            )
+        self.source = source
+        self._schema = _FLAT_SCHEMAS.get(Task(source.task))
+        self._fs, self.files = _list_files(source)
+        self._by_name = {file.name: file for file in self.files}
+        self._open = _Lru(_OPEN_FILES, dispose=lambda opened: opened[0].close(force=True))
+        self._columns = _Lru(cache_bytes)
+
+    def row_count(self, file: str) -> int:
+        """Rows of a file."""
+        return int(self._parquet(file).metadata.num_rows)
+
+    def record(self, file: str, row: int) -> Record:
+        """Texts and media references of a row; flat schemas read no media column.
+
+        Raises:
+            DataSetError: if the file cannot be read or lacks columns.
+            RecordError: if a text is not text, or the interleaved arrays contradict one another.
+        """
+        if self._is_interleaved(file):
+            return self._interleaved_record(file, row)
+        schema = self._schema
+        assert schema is not None  # _is_interleaved checked the columns
+        values = {c: Media(schema.media[c], c) if c in schema.media else self._text(file, row, c) for c in schema.columns}
+        system = values[schema.system] if schema.system else ""
+        assert isinstance(system, str)
+        inputs = tuple(values[c] for c in schema.inputs)
+        return Record(self.source.name, file, row, system, inputs, values[schema.target])
+
+    def media(self, file: str, row: int, element: str) -> bytes:
+        """The encoded bytes of a row's media element.
+
+        Args:
+            file: name of a file.
+            row: row number in it.
+            element: as in `Media`.
+
+        Raises:
+            RecordError: if there is nothing there, or a path or URL cannot be read.
+        """
+        where = f"{self.source.name}/{file} row {row} {element}"
+        if element.isdigit():
+            values = self._cell(file, row, INTERLEAVE[0]).values
+            value = values[int(element)].as_py()
+        else:
+            value = self._cell(file, row, element).as_py()
+        if not value:
+            raise RecordError(f"{where}: is empty; remove the row or fill it")
+        if self.source.raw_bytes_input:
+            if not isinstance(value, bytes):
+                raise RecordError(
+                    f"{where}: holds {type(value).__name__}, not bytes; set raw_bytes_input: false for paths and URLs"
+                )
+            return value
+        return self._read_reference(file, value.decode() if isinstance(value, bytes) else str(value), where)
+
+    def _read_reference(self, file: str, reference: str, where: str) -> bytes:
+        """Bytes behind a path or URL; a relative path starts at the parquet's folder."""
+        try:
+            if "://" in reference:
+                with fsspec.open(reference, "rb") as stream:
+                    return bytes(stream.read())
+            path = posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
+            return bytes(self._fs.cat_file(path))
+        except OSError as error:
+            raise RecordError(f"{where}: '{reference}' cannot be read ({error}); check the path") from error
+
+    def _interleaved_record(self, file: str, row: int) -> Record:
+        where = f"{self.source.name}/{file} row {row}"
+        cell, kinds = self._cell(file, row, INTERLEAVE[0]).values, self._cell(file, row, INTERLEAVE[1]).as_py()
+        if cell is None or kinds is None or len(cell) != len(kinds) or len(kinds) < 2:
+            raise RecordError(
+                f"{where}: {' and '.join(INTERLEAVE)} must have the same length of at least 2 "
+                f"(found {cell and len(cell)} and {kinds and len(kinds)})"
+            )
+        elements: list[str | Media] = []
+        for i, kind in enumerate(kinds):
+            if kind == "text":
+                elements.append(_as_text(cell[i].as_py(), f"{where} element {i}"))
+            elif kind in ("image", "video"):
+                elements.append(Media(kind, str(i)))
+            else:
+                raise RecordError(f"{where}: element {i} has type '{kind}'; allowed are text, image, video")
+        return Record(self.source.name, file, row, "", tuple(elements[:-1]), elements[-1])
+
+    def _is_interleaved(self, file: str) -> bool:
+        """Whether the file has the interleave columns rather than the task's own.
+
+        Raises:
+            DataSetError: if it has neither.
+        """
+        names = set(self._parquet(file).schema_arrow.names)
+        if self._schema is not None and names.issuperset(self._schema.columns):
+            return False
+        if names.issuperset(INTERLEAVE):
+            return True
+        expected = [self._schema.columns] if self._schema is not None else []
+        raise DataSetError(
+            f"{self._by_name[file].path}: lacks columns for task {self.source.task}: expected "
+            f"{' or '.join(', '.join(c) for c in [*expected, INTERLEAVE])}; found {', '.join(sorted(names))}; "
+            f"rename the columns or correct data.sources {self.source.name}.task"
+        )
+
+    def _text(self, file: str, row: int, column: str) -> str:
+        return _as_text(self._cell(file, row, column).as_py(), f"{self.source.name}/{file} row {row} {column}")
+
+    def _cell(self, file: str, row: int, column: str) -> Any:
+        """The pyarrow scalar of a cell."""
+        parquet, starts = self._open_file(file)
+        if not 0 <= row < starts[-1]:
+            raise RecordError(f"{self.source.name}/{file} row {row}: the file has {starts[-1]} rows")
+        group = bisect_right(starts, row) - 1
+
+        def read() -> tuple[pa.ChunkedArray, int]:
+            try:
+                values = parquet.read_row_group(group, columns=[column]).column(0)
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(self._by_name[file].path, error) from error
+            return values, values.nbytes
+
+        return self._columns.get((file, group, column), read)[row - starts[group]]
+
+    def _parquet(self, file: str) -> pq.ParquetFile:
+        return self._open_file(file)[0]
+
+    def _open_file(self, file: str) -> tuple[pq.ParquetFile, list[int]]:
+        """The opened file and the first row of each of its row groups, with the number of rows behind them."""
+        if file not in self._by_name:
+            raise DataSetError(
+                f"data.sources {self.source.name}: has no file '{file}'; the source changed: run tools/prepack.py again"
+            )
+        path = self._by_name[file].path
+
+        def open_file() -> tuple[tuple[pq.ParquetFile, list[int]], int]:
+            try:
+                parquet = pq.ParquetFile(self._fs.open(path, "rb"))
+            except (pa.ArrowException, OSError) as error:
+                raise _unreadable(path, error) from error
+            groups = range(parquet.metadata.num_row_groups)
+            return (parquet, [0, *accumulate(parquet.metadata.row_group(g).num_rows for g in groups)]), 1
+
+        opened: tuple[pq.ParquetFile, list[int]] = self._open.get(file, open_file)
+        return opened
+
+
+def _unreadable(path: str, error: Exception) -> DataSetError:
+    return DataSetError(f"{path}: is not a readable parquet file ({error}); write it again or leave it out")
+
+
+def _as_text(value: Any, where: str) -> str:
+    """Text of a cell; empty for null.
+
+    Raises:
+        RecordError: if it is neither a string nor UTF-8 bytes.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{where}: is not UTF-8 text ({error}); correct the row") from error
+    if not isinstance(value, str):
+        raise RecordError(f"{where}: holds {type(value).__name__}, not text; correct the row")
+    return value
+
+
+def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
+    """(file system, parquet files) of a source's file, folder or glob."""
+    fs, root = fsspec.core.url_to_fs(source.path)
+    if "*" in root or "?" in root or "[" in root:
+        found = fs.glob(root, detail=True)
+        folder = root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
+    elif fs.isdir(root):
+        found = {path: info for path, info in fs.find(root, detail=True).items() if path.endswith(".parquet")}
+        folder = root.rstrip("/")
+    else:
+        found = {root: fs.info(root)} if fs.isfile(root) else {}
+        folder = root.rpartition("/")[0]
+    files = tuple(
+        SourceFile(path.removeprefix(folder).lstrip("/"), path, int(info["size"]))
+        for path, info in sorted(found.items())
+        if info["type"] == "file"
+    )
+    if not files or not source.path:
+        raise DataSetError(
+            f"data.sources {source.name}: path '{source.path}' holds no parquet file; give a file, folder or glob"
+        )
+    return fs, files

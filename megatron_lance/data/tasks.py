@@ -1,0 +1,321 @@
+"""Tasks: what a record of each task becomes.
+
+Station: record -> [task] -> sample -> packer.  In: a record and what is known of its media.  Out: the sample's
+structure, its token ids, and one media item per visual segment saying which frames to decode at which size
+(spec/data.md sections 1 to 3, spec/model.md sections 2 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_lance.config.schema import DataConfig, ModelConfig, PromptConfig, SourceConfig
+from megatron_lance.data.decode import MediaInfo
+from megatron_lance.data.prompt import Piece, Role, Text, Tokenizer, Visual, chat
+from megatron_lance.data.records import Media, Record, RecordError
+from megatron_lance.data.sizes import bucket_size, sample_frames, vae_grid, vae_size, vit_grid, vit_size
+from megatron_lance.packing.rng import uniform
+from megatron_lance.packing.sample import Sample, Task
+from megatron_lance.packing.segment import Segment, SegmentKind
+
+_TARGET_KIND = {
+    Task.T2I: "image",
+    Task.T2V: "video",
+    Task.I2V: "video",
+    Task.I_EDIT: "image",
+    Task.V_EDIT: "video",
+    Task.S2I: "image",
+    Task.S2V: "video",
+}
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """What one visual segment needs decoded.
+
+    Attributes:
+        sample_index: sample of the pack; 0 until the sample lies in one.
+        segment_index: segment of that sample.
+        source, file, row, element: where the bytes are; see `records`.
+        frames: frame numbers to decode, in order.
+        bucket: (H, W) of the resize bucket, pixels.
+        size: (H, W) of the final crop, pixels.
+        encoder: "vit" or "vae".
+    """
+
+    sample_index: int
+    segment_index: int
+    source: str
+    file: str
+    row: int
+    element: str
+    frames: tuple[int, ...]
+    bucket: tuple[int, int]
+    size: tuple[int, int]
+    encoder: str
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Condition dropout of one sample in one epoch.
+
+    Attributes:
+        caption: whether the caption is left empty.
+        conditions: numbers of the condition media left out, ViT and VAE block together.
+    """
+
+    caption: bool = False
+    conditions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A visual block of a prompt before its grid is known."""
+
+    kind: SegmentKind
+    media: Media
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """A sample ready to be packed.
+
+    Attributes:
+        sample: its structure.
+        token_ids: as in `EncodedPrompt`.
+        media: one item per visual segment, in order.
+    """
+
+    sample: Sample
+    token_ids: tuple[int, ...]
+    media: tuple[MediaItem, ...]
+
+
+Outline = list[Piece | Block]
+
+
+def draw_dropout(config: DataConfig, record: Record, task: Task, seed: int, epoch: int) -> Dropout:
+    """Condition dropout by addressed randomness (spec/model.md section 8); understanding drops nothing.
+
+    Args:
+        config: the two probabilities.
+        record: its id is the address.
+        task: of the record.
+        seed: the run's seed.
+        epoch: pass over the record's source.
+    """
+    if not task.is_generation:
+        return Dropout()
+    address = (record.sample_id, epoch)
+    n_conditions = sum(isinstance(element, Media) for element in record.inputs)
+    dropped = [
+        k
+        for k in range(n_conditions)
+        if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
+    ]
+    return Dropout(uniform(seed, "caption_dropout", *address) < config.caption_dropout, tuple(dropped))
+
+
+def outline(record: Record, task: Task, prompts: PromptConfig, dropout: Dropout) -> Outline:
+    """The prompt of a record, its visual blocks still without grids (spec/data.md section 2).
+
+    Args:
+        record: of any schema.
+        task: what it trains.
+        prompts: system prompts.
+        dropout: what is left out.
+
+    Raises:
+        RecordError: if the record's parts are not those of the task.
+    """
+    if task.is_generation:
+        return _generation_outline(record, task, prompts, dropout)
+    media = [element for element in record.inputs if isinstance(element, Media)]
+    texts = [element for element in record.inputs if isinstance(element, str) and element]
+    if not isinstance(record.target, str) or not record.target:
+        raise RecordError(f"{record.sample_id}: task {task} needs an answer that is text and not empty")
+    if bool(media) == (task is Task.T2T):
+        raise RecordError(f"{record.sample_id}: has {len(media)} media; t2t takes none, {Task.I2T} and {Task.V2T} at least 1")
+    if not media and not texts:
+        raise RecordError(f"{record.sample_id}: task {task} needs a question")
+    system = record.system
+    if not system and media:
+        kind = "video" if any(m.kind == "video" for m in media) else "image"
+        system = (prompts.understanding if texts else prompts.captioning).replace("{v}", kind)
+    user: Outline = [
+        Block(SegmentKind.VIT, element) if isinstance(element, Media) else Text(element) for element in record.inputs
+    ]
+    return _chat(system, user, [Text(record.target, Role.ANSWER)])
+
+
+def _generation_outline(record: Record, task: Task, prompts: PromptConfig, dropout: Dropout) -> Outline:
+    """Each condition's ViT block then its clean block, the caption, the noisy target."""
+    conditions = [element for element in record.inputs if isinstance(element, Media)]
+    caption = " ".join(element for element in record.inputs if isinstance(element, str) and element)
+    target, kind = record.target, _TARGET_KIND[task]
+    if not isinstance(target, Media) or target.kind != kind:
+        found = target.kind if isinstance(target, Media) else "text"
+        raise RecordError(f"{record.sample_id}: the target is {found}; task {task} needs {kind}")
+    if not caption:
+        raise RecordError(f"{record.sample_id}: the caption is empty; task {task} needs one")
+    takes_conditions = task.is_edit or task.is_subject_driven
+    if bool(conditions) != takes_conditions:
+        raise RecordError(
+            f"{record.sample_id}: has {len(conditions)} condition media; task {task} takes "
+            f"{'at least 1' if takes_conditions else 'none'}"
+        )
+    user: Outline = []
+    for k, media in enumerate(conditions):
+        if k not in dropout.conditions:
+            user += [Block(SegmentKind.VIT, media), Block(SegmentKind.CLEAN, media)]
+    if not dropout.caption:
+        user.append(Text(caption, Role.CAPTION))
+    prompt = prompts.subject if task.is_subject_driven else prompts.editing if task.is_edit else prompts.generation
+    return _chat(prompt.replace("{v}", kind), user, [Block(SegmentKind.NOISE, target)])
+
+
+def _chat(system: str, user: Outline, output: Outline) -> Outline:
+    """`prompt.chat` around pieces that may be blocks."""
+    blocks = [piece for piece in [*user, *output] if isinstance(piece, Block)]
+    slots = iter(blocks)
+    empty = [[Visual(0) if isinstance(piece, Block) else piece for piece in part] for part in (user, output)]
+    return [next(slots) if isinstance(piece, Visual) else piece for piece in chat(system, *empty)]
+
+
+def assemble(
+    sample_id: str, task: Task, pieces: Outline, visuals: Sequence[Segment], tokenizer: Tokenizer
+) -> tuple[Sample, tuple[int, ...]]:
+    """Tokenise an outline whose visual segments are known.
+
+    Args:
+        sample_id: name of the sample.
+        task: of the sample.
+        pieces: from `outline`.
+        visuals: one segment per block, in order.
+        tokenizer: of the run.
+
+    Returns:
+        (sample, its token ids). Text between two visual blocks is one segment.
+
+    Raises:
+        ValueError: if blocks and visual segments do not match.
+    """
+    kinds = [piece.kind for piece in pieces if isinstance(piece, Block)]
+    if kinds != [segment.kind for segment in visuals]:
+        raise ValueError(
+            f"{sample_id}: visual segments {[str(s.kind) for s in visuals]} do not match its blocks "
+            f"{[str(k) for k in kinds]}"
+        )
+    slots = iter(visuals)
+    encoded = tokenizer.encode(
+        Visual(next(slots).content_length) if isinstance(piece, Block) else piece for piece in pieces
+    )
+    segments: list[Segment] = []
+    at = 0
+    for (start, stop), visual in zip(encoded.visual_spans, visuals, strict=True):
+        if start > at:
+            segments.append(Segment.text(start - at))
+        segments.append(visual)
+        at = stop
+    if len(encoded.token_ids) > at:
+        segments.append(Segment.text(len(encoded.token_ids) - at))
+    sample = Sample(sample_id, task, tuple(segments), encoded.label_spans, encoded.caption_span)
+    return sample, encoded.token_ids
+
+
+def plan_sample(
+    record: Record,
+    source: SourceConfig,
+    config: DataConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    infos: Mapping[str, MediaInfo],
+    dropout: Dropout,
+) -> PlannedSample:
+    """The sample of a record.
+
+    Args:
+        record: texts and media references.
+        source: its task and frame conditions.
+        config: sizes, frame sampling, prompts.
+        model: bounds of the latent position table.
+        tokenizer: of the run.
+        infos: what was probed, by element.
+        dropout: what is left out.
+
+    Raises:
+        RecordError: if the record cannot be used; the message says why and what to do.
+    """
+    task = Task(source.task)
+    pieces = outline(record, task, config.prompts, dropout)
+    visuals: list[Segment] = []
+    needs: list[MediaItem] = []
+    for piece in pieces:
+        if isinstance(piece, Block):
+            segment, item = _plan_block(record, piece, source, config, infos[piece.media.element])
+            _check_grid(record, segment, model)
+            visuals.append(segment)
+            needs.append(item)
+    sample, token_ids = assemble(record.sample_id, task, pieces, visuals, tokenizer)
+    indices = [i for i, segment in enumerate(sample.segments) if segment.is_visual]
+    media = [
+        MediaItem(0, i, n.source, n.file, n.row, n.element, n.frames, n.bucket, n.size, n.encoder)
+        for i, n in zip(indices, needs, strict=True)
+    ]
+    return PlannedSample(sample, token_ids, tuple(media))
+
+
+def _plan_block(
+    record: Record, block: Block, source: SourceConfig, config: DataConfig, info: MediaInfo
+) -> tuple[Segment, MediaItem]:
+    """The segment of a block, and its media item without a segment index."""
+    where = f"{record.sample_id} {block.media.element}"
+    if info.kind != block.media.kind:
+        raise RecordError(f"{where}: holds {info.kind} where the row says {block.media.kind}; correct the row")
+    frames = _frames(info, Task(source.task), config, where)
+    if block.kind is SegmentKind.VIT:
+        encoder, resolution, final_size, grid_of = "vit", config.vit_resolution, vit_size, vit_grid
+    else:
+        encoder, resolution, final_size, grid_of = "vae", config.vae_resolution, vae_size, vae_grid
+    size = final_size(info.width, info.height, resolution)
+    grid = grid_of(len(frames), size)
+    clean: tuple[int, ...] = ()
+    if source.task == Task.I2V:
+        clean = (0,) if source.frame_conditions == "first" else (0, grid[0] - 1)
+        if grid[0] <= len(clean):
+            raise RecordError(
+                f"{where}: {len(frames)} frames give {grid[0]} latent frames, none is left beside the frame "
+                f"conditions '{source.frame_conditions}'; use a longer clip"
+            )
+    segment = Segment.visual(block.kind, grid, clean)
+    bucket = bucket_size(info.width, info.height, resolution)
+    item = MediaItem(
+        0, 0, record.source, record.file, record.row, block.media.element, frames, bucket, size, encoder
+    )
+    return segment, item
+
+
+def _frames(info: MediaInfo, task: Task, config: DataConfig, where: str) -> tuple[int, ...]:
+    """Frame numbers to decode."""
+    if info.kind == "image":
+        return (0,)
+    seconds = config.max_seconds_generation if task.is_generation else config.max_seconds_understanding
+    try:
+        return sample_frames(info.n_frames, info.average_fps, config.target_fps, seconds, config.frame_sampling)
+    except ValueError as error:
+        raise RecordError(f"{where}: {error}") from error
+
+
+def _check_grid(record: Record, segment: Segment, model: ModelConfig) -> None:
+    """Raise RecordError where a latent lies outside the position table (spec/model.md section 5)."""
+    if segment.kind is SegmentKind.VIT or segment.grid is None:
+        return
+    t, h, w = segment.grid
+    if t > model.latent_position_frames or max(h, w) > model.latent_position_size:
+        side = model.latent_position_size
+        raise RecordError(
+            f"{record.sample_id}: latent grid {segment.grid} exceeds the position table of "
+            f"{model.latent_position_frames} x {side} x {side}; lower data.vae_resolution or "
+            "data.max_seconds_generation, or raise model.latent_position_size or model.latent_position_frames"
+        )

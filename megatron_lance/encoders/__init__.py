@@ -1,0 +1,1 @@
+"""Frozen encoders: pictures and clips in, ViT features and VAE latents out."""

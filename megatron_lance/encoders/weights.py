@@ -1,0 +1,132 @@
+"""Weights of the frozen encoders: read from local safetensors, or drawn by parameter name.
+
+Station: decode -> [encoders] -> noising.  In: a module's factory, then a folder or a seed.  Out: the module with
+every parameter set, frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+
+from megatron_lance.packing.rng import stream
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+def construct(factory: Callable[[], ModuleT], dtype: str) -> ModuleT:
+    """Build a frozen module in eval mode, leaving the global random state as it was.
+
+    Only parameters take `dtype`; buffers such as rotary frequencies keep the precision they were computed in.
+
+    Args:
+        factory: builds the module on the CPU; the weights it draws are to be overwritten.
+        dtype: float32 | bfloat16.
+
+    Raises:
+        ValueError: if `dtype` is unknown.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"encoders.dtype '{dtype}': unknown; use one of {', '.join(DTYPES)}")
+    with torch.random.fork_rng(devices=[]):
+        module = factory()
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return module.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def draw_parameters(module: torch.nn.Module, seed: int, prefix: str) -> None:
+    """Set every parameter to a function of (seed, prefix.name): the same bits on every rank and in every order.
+
+    Matrices and kernels are normal with variance 1 / fan-in (float32, then the parameter's dtype), norm weights are
+    1, biases 0.
+
+    Args:
+        module: what to fill.
+        seed: the run's seed.
+        prefix: the module's name, e.g. "vit_model"; keeps equal names of two modules apart.
+    """
+    for name, parameter in module.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "bias":
+            parameter.zero_()
+        elif leaf == "gamma" or parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            values = stream(seed, "initial weight", f"{prefix}.{name}").standard_normal(parameter.shape, dtype="float32")
+            fan_in = parameter.numel() // parameter.shape[0]
+            parameter.copy_(torch.from_numpy(values) * fan_in**-0.5)
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in `folder`/`name`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; an encoder's folder holds {name} and safetensors files")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+@torch.no_grad()
+def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[str] = ()) -> None:
+    """Copy a folder's safetensors into `module`, all of them and nothing else.
+
+    Args:
+        module: its parameters are overwritten and keep their dtype.
+        folder: every *.safetensors file in it is read; tensors may be split over files.
+        prefixes: if names in the folder begin with one of these, only those are read, without it; the rest belongs
+            to other modules.
+
+    Raises:
+        FileNotFoundError: if the folder has no safetensors file.
+        ValueError: naming every missing, unknown, repeated or misshapen tensor at once.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no *.safetensors file; give a folder with the encoder's weights")
+    wanted = dict(module.named_parameters())
+    found: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for path in files:
+        with safe_open(path, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                if key in found:
+                    problems.append(f"{key}: in {found[key].name} and in {path.name}")
+                found[key] = path
+                shapes[key] = tuple(handle.get_slice(key).get_shape())
+    names = _strip_prefix(found, prefixes, folder)
+    problems += [f"{name}: missing" for name in wanted if name not in names]
+    problems += [f"{key}: unknown" for name, key in names.items() if name not in wanted]
+    for name, key in names.items():
+        if name in wanted and shapes[key] != tuple(wanted[name].shape):
+            problems.append(f"{key}: shape {shapes[key]}, expected {tuple(wanted[name].shape)}")
+    if problems:
+        raise ValueError(f"{folder}: weights do not fit the configuration beside them: " + "; ".join(problems))
+    by_key = {key: name for name, key in names.items()}
+    for path in files:
+        with safe_open(path, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                if key in by_key:
+                    wanted[by_key[key]].copy_(handle.get_tensor(key))
+
+
+def _strip_prefix(found: Mapping[str, Path], prefixes: Sequence[str], folder: Path) -> dict[str, str]:
+    """Name in the module -> name in the folder, for the one prefix in use or for all names when none is."""
+    used = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in found)]
+    if len(used) > 1:
+        raise ValueError(f"{folder}: names with {' and '.join(used)}: cannot choose; keep one copy of the encoder")
+    prefix = used[0] if used else ""
+    return {key.removeprefix(prefix): key for key in found if key.startswith(prefix)}

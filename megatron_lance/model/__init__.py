@@ -1,0 +1,1 @@
+"""The model: dual-expert Megatron layers, embedder, heads."""

@@ -1,0 +1,1 @@
+"""Objectives: flow-matching noise and the two losses."""

@@ -1,0 +1,1 @@
+"""Ops: public functions with a plain-torch reference and a backend chosen once."""

@@ -1,0 +1,1 @@
+"""Packing: segments, samples, packs, their layout, mask and positions; pure values on the CPU."""

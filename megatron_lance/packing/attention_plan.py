@@ -1,0 +1,161 @@
+"""The mask of a pack as a list of slices (spec/model.md section 3, design decision 3).
+
+Station: pack -> [attention plan] -> joint attention.  Generalized 3D causal attention: token q may attend token k iff
+both are in the same sample, (q >= k or both are in the same visual segment), and not (k is in a noise segment that q
+is not in).  Every segment is one slice: its queries see the clean tokens before it in its sample, and itself, causally
+for text and fully for visual segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lance.packing.sample import Pack
+from megatron_lance.packing.segment import SegmentKind
+
+Range = tuple[int, int]
+"""[start, stop) of pack-order indices."""
+
+
+def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """Ascending ranges with adjacent ones joined and empty ones dropped."""
+    merged: list[Range] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _first_keys(ranges: tuple[Range, ...], count: int) -> tuple[Range, ...]:
+    """The first `count` indices of a list of ranges."""
+    kept: list[Range] = []
+    for start, stop in ranges:
+        take = min(stop - start, count)
+        if take > 0:
+            kept.append((start, start + take))
+            count -= take
+    return tuple(kept)
+
+
+@dataclass(frozen=True)
+class AttentionSlice:
+    """One rectangle of the mask: a query range against gathered key ranges.
+
+    Attributes:
+        query: pack-order range of the queries.
+        keys: ascending, disjoint pack-order ranges of the keys.
+        causal: False: every query sees every key.  True: bottom-right aligned: of n_k gathered keys, query i of n_q
+            sees the first n_k - n_q + i + 1.
+
+    Raises:
+        ValueError: if a causal slice has fewer keys than queries.
+    """
+
+    query: Range
+    keys: tuple[Range, ...]
+    causal: bool
+
+    def __post_init__(self) -> None:
+        if self.causal and self.num_keys < self.num_queries:
+            raise ValueError(f"causal slice of {self.num_queries} queries has only {self.num_keys} keys")
+
+    @property
+    def num_queries(self) -> int:
+        """Rows of the rectangle."""
+        return self.query[1] - self.query[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Columns of the rectangle."""
+        return sum(stop - start for start, stop in self.keys)
+
+    @property
+    def mask_pairs(self) -> int:
+        """Allowed (query, key) pairs."""
+        full = self.num_queries * self.num_keys
+        return full - self.num_queries * (self.num_queries - 1) // 2 if self.causal else full
+
+    def restrict(self, start: int, stop: int) -> AttentionSlice:
+        """The slice with only the queries [start, stop), a non-empty part of its own; exact for both kinds."""
+        keys = self.keys
+        if self.causal:
+            keys = _first_keys(keys, self.num_keys - (self.query[1] - stop))
+        return AttentionSlice((start, stop), keys, self.causal)
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """All slices of a pack (or of the part of it whose queries lie on one rank).
+
+    Attributes:
+        length: real tokens of the pack.
+        slices: by ascending query range; the ranges are disjoint.
+    """
+
+    length: int
+    slices: tuple[AttentionSlice, ...]
+
+    @classmethod
+    def from_pack(cls, pack: Pack) -> AttentionPlan:
+        """The plan of a pack; adjacent text segments become one slice."""
+        slices: list[AttentionSlice] = []
+        clean_before: list[Range] = []
+        sample_index = -1
+        for placed in pack.placed_segments():
+            if placed.sample_index != sample_index:
+                sample_index, clean_before = placed.sample_index, []
+            query = (placed.start, placed.stop)
+            causal = placed.segment.kind is SegmentKind.TEXT
+            keys = merge_ranges([*clean_before, query])
+            last = slices[-1] if slices else None
+            if causal and last and last.causal and last.query[1] == placed.start and clean_before:
+                slices[-1] = AttentionSlice((last.query[0], placed.stop), keys, True)
+            else:
+                slices.append(AttentionSlice(query, keys, causal))
+            if placed.segment.kind is not SegmentKind.NOISE:
+                clean_before = list(merge_ranges([*clean_before, query]))
+        return cls(pack.length, tuple(slices))
+
+    @property
+    def mask_pairs(self) -> int:
+        """Allowed (query, key) pairs."""
+        return sum(s.mask_pairs for s in self.slices)
+
+    def restrict(self, queries: Iterable[Range]) -> AttentionPlan:
+        """The plan for a subset of the queries, given as ascending disjoint pack-order ranges."""
+        kept: list[AttentionSlice] = []
+        for start, stop in queries:
+            for piece in self.slices:
+                low, high = max(start, piece.query[0]), min(stop, piece.query[1])
+                if low < high:
+                    kept.append(piece.restrict(low, high))
+        return AttentionPlan(self.length, tuple(kept))
+
+    def dense(self) -> npt.NDArray[np.bool_]:
+        """The mask as bool [L, L] (query, key); for tests, pictures and the `dense` backend."""
+        mask = np.zeros((self.length, self.length), dtype=bool)
+        for piece in self.slices:
+            columns = np.concatenate([np.arange(a, b) for a, b in piece.keys])
+            block = np.ones((piece.num_queries, piece.num_keys), dtype=bool)
+            if piece.causal:
+                block = np.tril(block, piece.num_keys - piece.num_queries)
+            mask[piece.query[0] : piece.query[1], columns] = block
+        return mask
+
+    def picture(self, width: int = 64) -> str:
+        """The mask as text: one character per cell of tokens, '#' all allowed, '+' some, '.' none."""
+        cells = min(width, self.length)
+        edges = np.linspace(0, self.length, cells + 1).astype(int)
+        rows_sum = np.add.reduceat(self.dense().astype(np.int64), edges[:-1], axis=0)
+        counts = np.add.reduceat(rows_sum, edges[:-1], axis=1)
+        area = np.outer(np.diff(edges), np.diff(edges))
+        symbols = np.where(counts == 0, ".", np.where(counts == area, "#", "+"))
+        return "\n".join("".join(row) for row in symbols)
