@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_lance.data.pack_index import PackIndex, PackIndexError
+from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.pack_index_format import PackIndexError
 
 
 def main() -> int:

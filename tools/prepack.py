@@ -7,7 +7,7 @@ import logging
 import sys
 
 from megatron_lance.config.loader import ConfigError, load_config
-from megatron_lance.data.pack_index import PackIndexError
+from megatron_lance.data.pack_index_format import PackIndexError
 from megatron_lance.data.prepack import prepack
 from megatron_lance.data.prompt import TokenizerError
 from megatron_lance.data.records import DataSetError

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
@@ -48,6 +49,7 @@ class Binding:
         keys: public keys, in the order `join` takes them.
         shapes: their shapes.
         join: the public tensors -> the whole parameter.
+        split: the inverse of join.
         shard_dim: dimension of the joined tensor that is sharded over tp ranks; None if replicated.
         parts: number of equal parts along shard_dim that are sharded each on its own (2 for [gate; up]).
     """
@@ -55,6 +57,7 @@ class Binding:
     keys: tuple[str, ...]
     shapes: tuple[Shape, ...]
     join: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     shard_dim: int | None = None
     parts: int = 1
 
@@ -66,9 +69,25 @@ class Binding:
         pieces = [part.chunk(tp, self.shard_dim)[tp_rank] for part in whole.chunk(self.parts, self.shard_dim)]
         return torch.cat(pieces, self.shard_dim)
 
+    def public(self, shards: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The public tensors of the shards of all tp ranks; the inverse of `local`."""
+        whole = shards[0]
+        if self.shard_dim is not None:
+            parts = [shard.chunk(self.parts, self.shard_dim) for shard in shards]
+            whole = torch.cat([piece for part in zip(*parts, strict=True) for piece in part], self.shard_dim)
+        return dict(zip(self.keys, self.split(whole), strict=True))
+
 
 def _single(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0]
+
+
+def _alone(whole: torch.Tensor) -> Sequence[torch.Tensor]:
+    return (whole,)
+
+
+def _halves(whole: torch.Tensor) -> Sequence[torch.Tensor]:
+    return whole.chunk(2)
 
 
 def _interleave_qkv(groups: int) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
@@ -81,6 +100,22 @@ def _interleave_qkv(groups: int) -> Callable[[Sequence[torch.Tensor]], torch.Ten
     return join
 
 
+def _separate_qkv(groups: int, q: int, kv: int) -> Callable[[torch.Tensor], Sequence[torch.Tensor]]:
+    """Per key/value group [q..., k, v] -> q [q rows, ...], k and v [kv rows, ...]."""
+
+    def split(whole: torch.Tensor) -> Sequence[torch.Tensor]:
+        per_group = whole.reshape(groups, -1, *whole.shape[1:])
+        parts = per_group.split([q // groups, kv // groups, kv // groups], dim=1)
+        return [part.reshape(-1, *whole.shape[1:]) for part in parts]
+
+    return split
+
+
+def single(key: str, *shape: int, shard_dim: int | None = None) -> Binding:
+    """A parameter that is one public tensor."""
+    return Binding((key,), (shape,), _single, _alone, shard_dim)
+
+
 def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Binding]:
     """One expert of one layer; `suffix` is "" or "_moe_gen"."""
     h, d, ffn = model.hidden_size, model.kv_channels, model.ffn_hidden_size
@@ -88,26 +123,23 @@ def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Bi
     public = f"language_model.model.layers.{layer}."
     attention = public + "self_attn."
     qkv = tuple(f"{attention}{x}_proj{suffix}" for x in "qkv")
-    interleave = _interleave_qkv(model.num_query_groups)
+    interleave, separate = _interleave_qkv(model.num_query_groups), _separate_qkv(model.num_query_groups, q, kv)
     mlp = f"{public}mlp{suffix}."
-
-    def single(key: str, *shape: int, shard_dim: int | None = None) -> Binding:
-        return Binding((key,), (shape,), _single, shard_dim)
 
     return {
         "input_layernorm.weight": single(f"{public}input_layernorm{suffix}.weight", h),
         "pre_mlp_layernorm.weight": single(f"{public}post_attention_layernorm{suffix}.weight", h),
         "self_attention.linear_qkv.weight": Binding(
-            tuple(f"{k}.weight" for k in qkv), ((q, h), (kv, h), (kv, h)), interleave, 0
+            tuple(f"{k}.weight" for k in qkv), ((q, h), (kv, h), (kv, h)), interleave, separate, 0
         ),
         "self_attention.linear_qkv.bias": Binding(
-            tuple(f"{k}.bias" for k in qkv), ((q,), (kv,), (kv,)), interleave, 0
+            tuple(f"{k}.bias" for k in qkv), ((q,), (kv,), (kv,)), interleave, separate, 0
         ),
         "self_attention.linear_proj.weight": single(f"{attention}o_proj{suffix}.weight", h, q, shard_dim=1),
         "self_attention.q_layernorm.weight": single(f"{attention}q_norm{suffix}.weight", d),
         "self_attention.k_layernorm.weight": single(f"{attention}k_norm{suffix}.weight", d),
         "mlp.linear_fc1.weight": Binding(
-            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), torch.cat, 0, parts=2
+            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), torch.cat, _halves, 0, parts=2
         ),
         "mlp.linear_fc2.weight": single(f"{mlp}down_proj.weight", h, ffn, shard_dim=1),
     }
@@ -117,12 +149,10 @@ def bindings(model: ModelConfig) -> dict[str, Binding]:
     """Every parameter of the whole model by its global name (layers counted from 0 over all stages)."""
     h, c, v = model.hidden_size, model.latent_channels, model.vocab_size
     table = {
-        "embedder.word_embeddings.weight": Binding(
-            ("language_model.model.embed_tokens.weight",), ((v, h),), _single, 0
-        ),
-        "heads.lm_head.weight": Binding(("language_model.lm_head.weight",), ((v, h),), _single, 0),
-        "heads.und_norm.weight": Binding(("language_model.model.norm.weight",), ((h,),), _single),
-        "heads.gen_norm.weight": Binding(("language_model.model.norm_moe_gen.weight",), ((h,),), _single),
+        "embedder.word_embeddings.weight": single("language_model.model.embed_tokens.weight", v, h, shard_dim=0),
+        "heads.lm_head.weight": single("language_model.lm_head.weight", v, h, shard_dim=0),
+        "heads.und_norm.weight": single("language_model.model.norm.weight", h),
+        "heads.gen_norm.weight": single("language_model.model.norm_moe_gen.weight", h),
     }
     linears = (
         ("embedder.vae2llm", "vae2llm", (h, c)),
@@ -131,8 +161,8 @@ def bindings(model: ModelConfig) -> dict[str, Binding]:
         ("embedder.time_embedder.mlp.2", "time_embedder.mlp.2", (h, h)),
     )
     for name, key, shape in linears:
-        table[f"{name}.weight"] = Binding((f"{key}.weight",), (shape,), _single)
-        table[f"{name}.bias"] = Binding((f"{key}.bias",), (shape[:1],), _single)
+        table[f"{name}.weight"] = single(f"{key}.weight", *shape)
+        table[f"{name}.bias"] = single(f"{key}.bias", shape[0])
     for layer in range(model.num_layers):
         for expert, suffix in (("und", ""), ("gen", "_moe_gen")):
             for name, binding in _layer_bindings(model, layer, suffix).items():
@@ -180,6 +210,30 @@ def load_weights(
         binding = table[name]
         tensors = [source.get(key, shape) for key, shape in zip(binding.keys, binding.shapes, strict=True)]
         parameter.copy_(binding.local(tensors, tp_rank, tp))
+
+
+@torch.no_grad()
+def gather_public(
+    tensors: Iterator[tuple[str, torch.Tensor]], model: ModelConfig, tp_group: dist.ProcessGroup
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Public tensors of this pipeline rank from parameter-shaped tensors; all tp ranks call this alike.
+
+    Args:
+        tensors: (global parameter name, this rank's shard of the weight or its gradient).
+        model: sizes.
+        tp_group: the tensor-parallel ranks, which hold the shards.
+
+    Yields:
+        (public key, whole tensor), on every tp rank.
+    """
+    table = bindings(model)
+    for name, shard in tensors:
+        binding = table[name]
+        shards = [shard]
+        if binding.shard_dim is not None and tp_group.size() > 1:
+            shards = [torch.empty_like(shard) for _ in range(tp_group.size())]
+            dist.all_gather(shards, shard.contiguous(), group=tp_group)
+        yield from binding.public(shards).items()
 
 
 class TensorSource:
@@ -272,7 +326,8 @@ class RandomSource:
 
     def __init__(self, seed: int, model: ModelConfig) -> None:
         self.seed = seed
-        self.fan_in = {key.rsplit(".", 1)[0]: shape[-1] for key, shape in public_shapes(model).items() if len(shape) > 1}
+        matrices = {key: shape for key, shape in public_shapes(model).items() if len(shape) > 1}
+        self.fan_in = {key.rsplit(".", 1)[0]: shape[-1] for key, shape in matrices.items()}
 
     def get(self, key: str, shape: Shape) -> torch.Tensor:
         """The initial tensor of `key`, float32 `shape`."""

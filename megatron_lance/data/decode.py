@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn
-from nvidia.dali.data_node import DataNode
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch.utils.dlpack import from_dlpack
 
@@ -94,6 +95,15 @@ class _Clip:
 class _GraphError(RuntimeError):
     """A run of the graph failed; DALI does not say which sample was at fault."""
 
+    @property
+    def cause(self) -> str:
+        """DALI's reason, without the traceback of the pipeline's definition around it."""
+        return str(self).rpartition("encountered:")[2].partition("C++ context")[0].strip()
+
+
+def _source(name: str, dtype: DALIDataType, ndim: int = 1, layout: str | None = None) -> Any:
+    return fn.external_source(name=name, dtype=dtype, ndim=ndim, layout=layout)
+
 
 class _Graph:
     """A DALI pipeline over frames or over packets; built on first use and again after any error.
@@ -110,12 +120,20 @@ class _Graph:
         self._pipeline: Pipeline | None = None
         self._tags = count()
 
-    def _build(self) -> Pipeline:
-        def source(name: str, dtype: DALIDataType, ndim: int = 1, layout: str | None = None) -> DataNode:
-            node = fn.external_source(name=name, dtype=dtype, ndim=ndim, layout=layout)
-            assert isinstance(node, DataNode)  # a list only where several outputs are asked for
-            return node
+    def _decode_node(self) -> Any:
+        """The frames, uint8 FHWC."""
+        if self._packets:
+            return fn.decoders.video(
+                _source("packets", DALIDataType.UINT8),
+                frames=_source("frames", DALIDataType.INT32),
+                device="cpu" if self._device_id is None else "mixed",
+                pad_mode="none",
+                affine=False,  # ranks of one host would pin their threads to the same cores
+            )
+        video = _source("video", DALIDataType.UINT8, ndim=4, layout="FHWC")
+        return video if self._device_id is None else video.gpu()
 
+    def _build(self) -> Pipeline:
         pipeline = Pipeline(
             batch_size=self._batch_size,
             num_threads=self._threads,
@@ -124,36 +142,27 @@ class _Graph:
             exec_dynamic=True,  # outputs stay valid across runs
         )
         with pipeline:
-            if self._packets:
-                video = fn.decoders.video(
-                    source("packets", DALIDataType.UINT8),
-                    frames=source("frames", DALIDataType.INT32),
-                    device="cpu" if self._device_id is None else "mixed",
-                    pad_mode="none",
-                    affine=False,  # ranks of one host would pin their threads to the same cores
-                )
-            else:
-                video = source("video", DALIDataType.UINT8, 4, "FHWC")
-                video = video if self._device_id is None else video.gpu()
-            video = fn.slice(
-                video, start=source("corner", DALIDataType.INT32), shape=source("window", DALIDataType.INT32), axis_names="HW"
+            video: Any = fn.slice(
+                self._decode_node(),
+                start=_source("corner", DALIDataType.INT32),
+                shape=_source("window", DALIDataType.INT32),
+                axis_names="HW",
             )
             video = fn.resize(
                 video,
-                size=source("bucket", DALIDataType.FLOAT),
+                size=_source("bucket", DALIDataType.FLOAT),
                 interp_type=DALIInterpType.INTERP_CUBIC,
                 antialias=True,
-                subpixel_scale=False,
             )
             video = fn.crop_mirror_normalize(
                 video,
-                crop=source("size", DALIDataType.FLOAT),
-                mean=source("mean", DALIDataType.FLOAT),
-                std=source("std", DALIDataType.FLOAT),
+                crop=_source("size", DALIDataType.FLOAT),
+                mean=_source("mean", DALIDataType.FLOAT),
+                std=_source("std", DALIDataType.FLOAT),
                 dtype=DALIDataType.FLOAT,
                 output_layout="CFHW",
             )
-            pipeline.set_outputs(video, fn.copy(source("tag", DALIDataType.INT64)))
+            pipeline.set_outputs(video, fn.copy(_source("tag", DALIDataType.INT64)))
         pipeline.build()
         return pipeline
 
@@ -225,9 +234,7 @@ class MediaDecoder:
         self._cut = decode == "mixed"
         self._batch_size = 2 * threads  # a condition is often asked for at its VAE and its ViT size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="media")
-        self._graphs = {
-            packets: _Graph(packets, self._batch_size, threads, device_id) for packets in (False, True)
-        }
+        self._graphs = {packets: _Graph(packets, self._batch_size, threads, device_id) for packets in (False, True)}
 
     def __call__(self, requests: Sequence[DecodeRequest]) -> list[torch.Tensor | MediaError]:
         """Decodes all requests; frames asked for at several sizes are read once.
@@ -287,6 +294,6 @@ class MediaDecoder:
             if not packets:
                 raise
             if len(clips) == 1:
-                return {i: MediaError(f"the video decoder failed: {error}") for i in clips}
+                return {i: MediaError(f"the video decoder failed: {error.cause}") for i in clips}
             return {i: out for j in clips for i, out in self._transform(packets, {j: clips[j]}, requests).items()}
         return dict(zip(clips, tensors, strict=True))

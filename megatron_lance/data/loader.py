@@ -13,7 +13,8 @@ import torch
 
 from megatron_lance.config.schema import DataConfig, ModelConfig
 from megatron_lance.data.decode import DecodeRequest
-from megatron_lance.data.pack_index import PackIndex, PackIndexError, PlannedRow, shaping_values
+from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.pack_index_format import PackIndexError, PlannedRow, shaping_values
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.records import RecordError, RecordReader
 from megatron_lance.data.tasks import MediaItem, assemble, outline

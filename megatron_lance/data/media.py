@@ -178,11 +178,15 @@ def _open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The first video stream; FFmpeg errors inside the block become MediaErrors."""
     try:
         with av.open(
-            io.BytesIO(data), options={"format_whitelist": VIDEO_FORMATS}, metadata_errors="ignore"
+            io.BytesIO(data), "r", options={"format_whitelist": VIDEO_FORMATS}, metadata_errors="ignore"
         ) as container:
             if not container.streams.video:
                 raise MediaError(f"no video stream in the {container.format.name} file")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise MediaError("the video stream's codec is unknown")
+            if stream.width < 1 or stream.height < 1:
+                raise MediaError(f"the video stream has no picture size: {stream.width}x{stream.height}")
             stream.thread_count = 1  # clips are decoded side by side instead
             yield container, stream
     except av.FFmpegError as error:
@@ -198,7 +202,10 @@ def _pts(packet: av.Packet) -> int:
 
 def _demux(container: InputContainer, stream: VideoStream) -> list[av.Packet]:
     """The stream's packets, decoding order."""
-    packets = [packet for packet in container.demux(stream) if packet.size]
+    try:
+        packets = [packet for packet in container.demux(stream) if packet.size]
+    except IndexError as error:  # PyAV: a stream that the header does not know
+        raise MediaError("broken video: a packet belongs to an unknown stream") from error
     if any(packet.is_corrupt for packet in packets):
         raise MediaError("truncated video: a packet is incomplete")
     if not packets:
@@ -224,7 +231,24 @@ def _needed(packets: list[av.Packet], wanted: list[int]) -> list[av.Packet]:
     start = max((i for i, p in enumerate(packets) if p.is_keyframe and _pts(p) <= first), default=0)
     stop = 1 + max(i for i, p in enumerate(packets) if _pts(p) <= last)
     # Frames shown before an open group's keyframe refer to packets that are cut away.
-    return [p for p in packets[start:stop] if _pts(p) >= _pts(packets[start])]
+    needed = [p for p in packets[start:stop] if _pts(p) >= _pts(packets[start])]
+    lost = set(wanted) - {_pts(p) for p in needed}
+    if lost:
+        raise MediaError(f"broken video: {len(lost)} of the wanted frames lie before its first keyframe")
+    return needed
+
+
+def _frame_to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter) -> UInt8Array:
+    """uint8 [H, W, 3]."""
+    rgb = reformatter.reformat(
+        frame,
+        format="rgb24",
+        src_colorspace=_COLORSPACE,
+        dst_colorspace=_COLORSPACE,
+        interpolation=_INTERPOLATION,
+        threads=1,
+    )
+    return np.asarray(rgb.to_ndarray(), np.uint8)
 
 
 def _read_video(data: bytes, frames: tuple[int, ...]) -> UInt8Array:
@@ -239,14 +263,7 @@ def _read_video(data: bytes, frames: tuple[int, ...]) -> UInt8Array:
             for frame in stream.decode(packet):
                 if frame.pts in missing and not frame.is_corrupt:
                     missing.remove(frame.pts)
-                    rgb[frame.pts] = reformatter.reformat(
-                        frame,
-                        format="rgb24",
-                        src_colorspace=_COLORSPACE,
-                        dst_colorspace=_COLORSPACE,
-                        interpolation=_INTERPOLATION,
-                        threads=1,
-                    ).to_ndarray()
+                    rgb[frame.pts] = _frame_to_rgb(frame, reformatter)
             if not missing:
                 break
     if missing:

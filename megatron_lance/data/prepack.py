@@ -19,15 +19,10 @@ from tqdm import tqdm
 
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import DataConfig, ModelConfig
-from megatron_lance.data.decode import MediaError, MediaInfo, probe
+from megatron_lance.data.media import MediaError, MediaInfo, probe
 from megatron_lance.data.mixture import Draw, MixtureSource, mix
-from megatron_lance.data.pack_index import (
-    PackIndex,
-    PlannedRow,
-    check_target,
-    shaping_values,
-    write_index,
-)
+from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.pack_index_format import PlannedRow, check_target, shaping_values, write_index
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.records import DataSetError, Media, Record, RecordError, RecordReader
 from megatron_lance.data.tasks import draw_dropout, plan_sample
@@ -114,13 +109,20 @@ def _check_settings(config: DataConfig) -> None:
         raise ConfigError("data.sources: is empty; name at least one source")
     for name, times in names.items():
         if times > 1 or not name:
-            raise ConfigError(f"data.sources: the name '{name}' stands {times} times; names must be unique and not empty")
+            raise ConfigError(
+                f"data.sources: the name '{name}' stands {times} times; names must be unique and not empty"
+            )
     if config.frame_sampling not in ("release", "trim"):
         raise ConfigError(f"data.frame_sampling '{config.frame_sampling}': must be release or trim")
     for source in config.sources:
         if source.frame_conditions not in ("first", "first_last"):
             raise ConfigError(
                 f"data.sources {source.name}.frame_conditions '{source.frame_conditions}': must be first or first_last"
+            )
+        if Path(source.path).resolve() in Path(config.pack_index).resolve().parents:
+            raise ConfigError(
+                f"data.pack_index '{config.pack_index}': lies in the folder of data.sources {source.name} and would be "
+                "read as data; name a folder outside it"
             )
 
 
@@ -180,6 +182,7 @@ def _probe(reader: RecordReader, record: Record) -> dict[str, MediaInfo]:
 def _report(unusable: Sequence[UnusableRow], n_draws: int, n_samples: int) -> None:
     """Log each unusable row once, then the counts."""
     for row in unusable:
-        logger.warning("unusable row (%d samples): %s/%s row %d: %s", row.draws, row.source, row.file, row.row, row.cause)
+        where = f"{row.source}/{row.file} row {row.row}"
+        logger.warning("unusable row (%d samples): %s: %s", row.draws, where, row.cause)
     if unusable:
         logger.warning("%d rows are unusable: %d of %d samples left out", len(unusable), n_draws - n_samples, n_draws)

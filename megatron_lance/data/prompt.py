@@ -209,9 +209,8 @@ def chat(system: str, user: Sequence[Piece], output: Sequence[Piece]) -> list[Pi
         All pieces in order.
     """
     is_answer = any(isinstance(piece, Text) and piece.role is Role.ANSWER for piece in output)
-    return [
-        *[Special(IM_START), Text(f"system\n{system}"), Special(IM_END), Text("\n")],
-        *[Special(IM_START), Text("user\n"), *user, Special(IM_END), Text("\n")],
-        *[Special(IM_START), Text("assistant\n"), *output],
-        Special(IM_END, Role.ANSWER if is_answer else Role.TEMPLATE),
-    ]
+    start, end, newline = Special(IM_START), Special(IM_END), Text("\n")
+    pieces: list[Piece] = [start, Text(f"system\n{system}"), end, newline]
+    pieces += [start, Text("user\n"), *user, end, newline]
+    pieces += [start, Text("assistant\n"), *output, Special(IM_END, Role.ANSWER if is_answer else Role.TEMPLATE)]
+    return pieces

@@ -186,11 +186,14 @@ class RecordReader:
             return self._interleaved_record(file, row)
         schema = self._schema
         assert schema is not None  # _is_interleaved checked the columns
-        values = {c: Media(schema.media[c], c) if c in schema.media else self._text(file, row, c) for c in schema.columns}
-        system = values[schema.system] if schema.system else ""
-        assert isinstance(system, str)
-        inputs = tuple(values[c] for c in schema.inputs)
-        return Record(self.source.name, file, row, system, inputs, values[schema.target])
+
+        def element(column: str) -> str | Media:
+            kind = schema.media.get(column)
+            return Media(kind, column) if kind else self._text(file, row, column)
+
+        system = self._text(file, row, schema.system) if schema.system else ""
+        inputs = tuple(element(column) for column in schema.inputs)
+        return Record(self.source.name, file, row, system, inputs, element(schema.target))
 
     def media(self, file: str, row: int, element: str) -> bytes:
         """The encoded bytes of a row's media element.

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_lance.config.schema import DataConfig, ModelConfig, PromptConfig, SourceConfig
-from megatron_lance.data.decode import MediaInfo
+from megatron_lance.data.media import MediaInfo
 from megatron_lance.data.prompt import Piece, Role, Text, Tokenizer, Visual, chat
 from megatron_lance.data.records import Media, Record, RecordError
 from megatron_lance.data.sizes import bucket_size, sample_frames, vae_grid, vae_size, vit_grid, vit_size
@@ -136,7 +136,8 @@ def outline(record: Record, task: Task, prompts: PromptConfig, dropout: Dropout)
     if not isinstance(record.target, str) or not record.target:
         raise RecordError(f"{record.sample_id}: task {task} needs an answer that is text and not empty")
     if bool(media) == (task is Task.T2T):
-        raise RecordError(f"{record.sample_id}: has {len(media)} media; t2t takes none, {Task.I2T} and {Task.V2T} at least 1")
+        takes = "none" if task is Task.T2T else "at least 1"
+        raise RecordError(f"{record.sample_id}: has {len(media)} media; task {task} takes {takes}")
     if not media and not texts:
         raise RecordError(f"{record.sample_id}: task {task} needs a question")
     system = record.system

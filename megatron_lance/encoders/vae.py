@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
 from scipy.fft import dct
 
@@ -67,6 +67,10 @@ class VideoAutoencoder(Protocol):
         """Latents [t, h, w, C] to float32 pixels [3, T, H, W]."""
         ...
 
+    def to(self, device: torch.device) -> VideoAutoencoder:
+        """Move to `device`; inputs follow by themselves."""
+        ...
+
 
 def build_vae(config: EncoderConfig, latent_channels: int, seed: int) -> VideoAutoencoder:
     """The autoencoder that `config.vae` names.
@@ -103,7 +107,7 @@ class WanAutoencoder(torch.nn.Module):
     def __init__(self, vae: AutoencoderKLWan, sample_posterior: bool):
         super().__init__()
         self.vae = vae
-        self.latent_channels = int(vae.config.z_dim)
+        self.latent_channels = int(vae.config["z_dim"])
         self.sample_posterior = sample_posterior
 
     @classmethod
@@ -164,7 +168,7 @@ class WanAutoencoder(torch.nn.Module):
     def _statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std per channel, [C] each, float32."""
         config = self.vae.config
-        return torch.tensor(config.latents_mean, device=device), torch.tensor(config.latents_std, device=device)
+        return torch.tensor(config["latents_mean"], device=device), torch.tensor(config["latents_std"], device=device)
 
 
 class BlockTransformCodec(torch.nn.Module):
@@ -303,10 +307,10 @@ def _read_wan(folder: Path, latent_channels: int) -> dict[str, Any]:
     """The settings in a diffusers folder, checked against the reduction and channels that the model expects."""
     content = {key: value for key, value in read_json(folder, "config.json").items() if not key.startswith("_")}
     expected = {"z_dim": latent_channels, "scale_factor_spatial": SPATIAL, "scale_factor_temporal": TEMPORAL}
-    wrong = [f"{key} {content.get(key)}, expected {value}" for key, value in expected.items() if content.get(key) != value]
+    found = {key: content.get(key) for key in expected}
     for key in ("latents_mean", "latents_std"):
-        if len(content.get(key, ())) != latent_channels:
-            wrong.append(f"{key} of length {len(content.get(key, ()))}, expected {latent_channels}")
+        expected[f"length of {key}"], found[f"length of {key}"] = latent_channels, len(content.get(key, ()))
+    wrong = [f"{key} {found[key]}, expected {value}" for key, value in expected.items() if found[key] != value]
     if wrong:
         raise ValueError(f"{folder / 'config.json'}: {'; '.join(wrong)}: use a Wan2.2 VAE with model.latent_channels")
     return content

@@ -8,6 +8,7 @@ Shapes: T frames, H x W pixels, t = ceil(T / 2), h = H / 14, w = W / 14 patches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,16 @@ class VitEncoder(torch.nn.Module):
 
     def __init__(self, vision: Qwen2_5_VisionTransformerPretrainedModel):
         super().__init__()
+        config = vision.config
+        if not isinstance(config.patch_size, int) or not isinstance(config.temporal_patch_size, int):
+            raise ValueError(
+                f"ViT patch_size {config.patch_size}, temporal_patch_size {config.temporal_patch_size}: must be "
+                "integers; square patches only"
+            )
         self.vision = vision
+        self.patch = config.patch_size  # pixels
+        self.temporal_patch = config.temporal_patch_size  # frames
+        self.merge = config.spatial_merge_size  # patches
 
     @classmethod
     def build(cls, config: EncoderConfig, hidden_size: int, seed: int) -> VitEncoder:
@@ -101,19 +111,17 @@ class VitEncoder(torch.nn.Module):
         """
         if not pixels:
             return []
-        config = self.vision.config
-        patch, merge = config.patch_size, config.spatial_merge_size
         for number, clip in enumerate(pixels):
-            _check_clip(number, clip, patch * merge)
+            _check_clip(number, clip, self.patch * self.merge)
         weight = self.vision.patch_embed.proj.weight
-        patches = [patchify(clip.to(weight), patch, config.temporal_patch_size, merge) for clip in pixels]
+        patches = [patchify(clip.to(weight), self.patch, self.temporal_patch, self.merge) for clip in pixels]
         grids = [
-            (-(-clip.shape[1] // config.temporal_patch_size), clip.shape[2] // patch, clip.shape[3] // patch)
+            (math.ceil(clip.shape[1] / self.temporal_patch), clip.shape[2] // self.patch, clip.shape[3] // self.patch)
             for clip in pixels
         ]
         grid_thw = torch.tensor(grids, dtype=torch.int64, device=weight.device)
         features = self.vision(torch.cat(patches), grid_thw=grid_thw).pooler_output
-        return list(features.split([t * h * w // merge**2 for t, h, w in grids]))
+        return list(features.split([t * h * w // self.merge**2 for t, h, w in grids]))
 
 
 def _check_clip(number: int, clip: torch.Tensor, multiple: int) -> None:

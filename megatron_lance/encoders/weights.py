@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -61,7 +62,8 @@ def draw_parameters(module: torch.nn.Module, seed: int, prefix: str) -> None:
         elif leaf == "gamma" or parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
-            values = stream(seed, "initial weight", f"{prefix}.{name}").standard_normal(parameter.shape, dtype="float32")
+            draws = stream(seed, "initial weight", f"{prefix}.{name}")
+            values = draws.standard_normal(parameter.shape, dtype=np.float32)
             fan_in = parameter.numel() // parameter.shape[0]
             parameter.copy_(torch.from_numpy(values) * fan_in**-0.5)
 
@@ -102,7 +104,7 @@ def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[st
     problems: list[str] = []
     for path in files:
         with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
+            for key in handle.keys():
                 if key in found:
                     problems.append(f"{key}: in {found[key].name} and in {path.name}")
                 found[key] = path
@@ -118,7 +120,7 @@ def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[st
     by_key = {key: name for name, key in names.items()}
     for path in files:
         with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
+            for key in handle.keys():
                 if key in by_key:
                     wanted[by_key[key]].copy_(handle.get_tensor(key))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -46,6 +47,7 @@ class LanceModel(MegatronModule):
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.model_config = model
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
         self.embedder = Embedder(config, model, groups) if pre_process else None
         layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())

@@ -29,7 +29,9 @@ def encoder() -> VitEncoder:
     return VitEncoder.build(EncoderConfig(), HIDDEN, seed=3)
 
 
-def save(encoder: VitEncoder, folder: Path, prefix: str = "", edit: Callable[[dict], None] | None = None) -> EncoderConfig:
+def save(
+    encoder: VitEncoder, folder: Path, prefix: str = "", edit: Callable[[dict], None] | None = None
+) -> EncoderConfig:
     tensors = {prefix + name: value.clone() for name, value in encoder.vision.state_dict().items()}
     if edit is not None:
         edit(tensors)

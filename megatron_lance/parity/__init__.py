@@ -1,0 +1,1 @@
+"""Parity with the public reference: golden cases and the comparison with them."""

@@ -1,0 +1,1 @@
+"""Training: setup, step, loop and the command line entry."""

@@ -1,0 +1,141 @@
+"""Build what a run trains: stages, data-parallel wrappers, optimizer, learning-rate schedule.
+
+Station: configuration and groups -> [model, optimizer, scheduler] -> step.  Everything that megatron-core has is
+megatron-core's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+
+from megatron_lance.checkpoint.hf_lance import FolderSource, RandomSource, WeightSource, load_weights
+from megatron_lance.config.schema import ParallelConfig, RunConfig
+from megatron_lance.model.lance_model import LanceModel, build_stages
+from megatron_lance.model.transformer_config import transformer_config
+from megatron_lance.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model of this rank and what updates it.
+
+    Attributes:
+        config: megatron-core's configuration, shared by all parts.
+        stages: the bare model chunks of this pipeline rank.
+        chunks: the same, wrapped for data parallelism.
+        optimizer: over all chunks.
+        scheduler: sets the learning rate of every step.
+    """
+
+    config: TransformerConfig
+    stages: list[LanceModel]
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def _finalize(chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """megatron-core's gradient finalisation without its division: the loss is already divided by global counts."""
+    finalize_model_grads(chunks, num_tokens=None, **kwargs)
+
+
+def _wrap(
+    config: TransformerConfig, parallel: ParallelConfig, stages: Sequence[LanceModel]
+) -> list[DistributedDataParallel]:
+    """Data-parallel wrappers that sum gradients in float32."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    return [
+        DistributedDataParallel(config, ddp, stage, disable_bucketing=index > 0)
+        for index, stage in enumerate(stages)
+    ]
+
+
+def _connect_schedule(config: TransformerConfig, parallel: ParallelConfig, chunks: Sequence[Any]) -> None:
+    """Tell megatron-core's schedules when gradients are reduced and parameters gathered."""
+    config.finalize_model_grads_func = _finalize
+    if parallel.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = waits[0] if len(waits) == 1 else waits
+
+
+def _optimizer(run: RunConfig, config: TransformerConfig, chunks: list[Any]) -> MegatronOptimizer:
+    settings = run.optimizer
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=run.parallel.use_distributed_optimizer,
+            overlap_param_gather=run.parallel.overlap_param_gather,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+    )
+
+
+def _scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    settings = run.optimizer
+    decay_iters = settings.lr_decay_iters if settings.lr_decay_iters is not None else run.training.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=decay_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=decay_iters,
+        wd_incr_style="constant",
+    )
+
+
+def weight_source(run: RunConfig) -> WeightSource:
+    """Where initial weights come from: a folder in the public layout, or (seed, parameter name)."""
+    if run.training.init_from:
+        return FolderSource(run.training.init_from, run.model)
+    return RandomSource(run.training.seed, run.model)
+
+
+def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSource) -> Trainee:
+    """Build and initialise what this rank trains.
+
+    Args:
+        run: the whole configuration.
+        groups: degrees and ranks.
+        tokenizer_size: ids the tokenizer uses.
+        source: initial weights.
+    """
+    config = transformer_config(run.model, run.parallel, run.training.precision)
+    stages = build_stages(config, run.model, tokenizer_size)
+    load_weights(stages, source, run.model, tp_rank=groups.tp_rank, tp=groups.tp)
+    chunks = _wrap(config, run.parallel, stages)
+    _connect_schedule(config, run.parallel, chunks)
+    optimizer = _optimizer(run, config, list(chunks))
+    config.grad_scale_func = optimizer.scale_loss
+    if run.parallel.overlap_param_gather:
+        gathers = [partial(chunk.start_param_sync) for chunk in chunks]
+        config.param_sync_func = gathers[0] if len(gathers) == 1 else gathers
+    return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer))

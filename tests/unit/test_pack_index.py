@@ -1,0 +1,227 @@
+"""Prepack and the pack index: round trip, determinism, unusable rows, errors, the command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_lance.config.loader import ConfigError
+from megatron_lance.config.schema import DataConfig, PromptConfig, SourceConfig
+from megatron_lance.data.mixture import Draw, MixtureSource, mix
+from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.pack_index_format import INDEX_FILE, PackIndexError, shaping_values
+from megatron_lance.data.prepack import prepack
+from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.data.records import DataSetError, RecordReader
+from megatron_lance.packing.packer import mask_pairs
+from tests.shared import REPOSITORY, shared_path
+from tests.unit.data_config import MODEL, SOURCES, real_data
+
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return real_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def index(config: DataConfig) -> PackIndex:
+    return prepack(config, MODEL, SEED, progress=False)
+
+
+def test_mixture_holds_shares_and_sees_every_row_before_one_again() -> None:
+    sources = [MixtureSource("a", 10, 3.0), MixtureSource("b", 30, 1.0), MixtureSource("off", 5, 0.0)]
+    draws = list(mix(sources, seed=3, epochs=2))
+    assert len(draws) == 80
+    assert Counter(d.source for d in draws) == {0: 60, 1: 20}
+    assert Counter(d.source for d in draws[:20]) == {0: 15, 1: 5}
+    for epoch in range(6):
+        assert sorted(d.row for d in draws if d.source == 0 and d.epoch == epoch) == list(range(10))
+    assert len(set(draws)) == len(draws)
+    assert draws == list(mix(sources, seed=3, epochs=2))
+    assert draws[:40] == list(mix(sources, seed=3))
+    assert draws != list(mix(sources, seed=4, epochs=2))
+    assert list(mix([MixtureSource("one", 1, 1.0)], 0)) == [Draw(0, 0, 0)]
+
+
+def test_mixture_refuses_bad_sources() -> None:
+    for sources, message in (
+        ([], "no source with a positive weight"),
+        ([MixtureSource("a", 0, 1.0)], "data.sources a: has no rows"),
+        ([MixtureSource("a", 1, -1.0)], r"a.weight -1.0: must not be negative"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mix(sources, 0)
+
+
+def test_index_holds_every_usable_draw_once(config: DataConfig, index: PackIndex) -> None:
+    planned = [index.pack(n) for n in range(len(index))]
+    rows = [row for pack in planned for row in pack.rows]
+    keys = [(row.sample.sample_id, row.epoch) for row in rows]
+    readers = [RecordReader(source) for source in config.sources]
+    total = sum(reader.row_count(f.name) for reader in readers for f in reader.files)
+    assert len(set(keys)) == len(keys) == index.counts["samples"] == 2 * total
+    assert {str(row.sample.task) for row in rows} == set(SOURCES.values())
+    for pack in planned:
+        assert pack.pack.length <= config.seq_length == pack.pack.capacity
+        assert pack.mask_pairs == sum(mask_pairs(s.segments) for s in pack.pack.samples)
+        visual = [(p.sample_index, p.segment_index) for p in pack.pack.placed_segments() if p.segment.is_visual]
+        assert [(item.sample_index, item.segment_index) for item in pack.media] == visual
+        assert (pack.ce_rows, pack.velocity_rows) == (pack.pack.ce_rows, pack.pack.velocity_rows)
+    assert index.counts["tokens"] == sum(pack.pack.length for pack in planned)
+
+
+def test_prepack_is_deterministic(config: DataConfig, index: PackIndex, tmp_path: Path) -> None:
+    again = prepack(replace(config, pack_index=str(tmp_path / "again")), MODEL, SEED, progress=False)
+    assert again.hash == index.hash
+    assert [again.pack(n) for n in range(len(again))] == [index.pack(n) for n in range(len(index))]
+    other = prepack(replace(config, pack_index=str(tmp_path / "other")), MODEL, SEED + 1, progress=False)
+    assert other.hash != index.hash
+
+
+def test_numbers_go_on_with_new_epochs(index: PackIndex) -> None:
+    n = len(index)
+    batches = [index.global_batch(step, 4) for step in range(n)]
+    assert [number for batch in batches for number in batch] == list(range(4 * n))
+    first, later = index.pack(1), index.pack(n + 1)
+    assert later.pack == first.pack and later.media == first.media
+    highest = max(epoch for k in range(n) for epoch in index.pack(k).epochs)
+    assert later.epochs == tuple(epoch + highest + 1 for epoch in first.epochs)
+
+
+def test_pack_as_text_shows_every_segment(index: PackIndex) -> None:
+    pack = index.pack(0)
+    text = str(pack)
+    assert text.count("\n") == len(pack.rows) + sum(len(s.segments) for s in pack.pack.samples)
+    assert all(row.sample.sample_id in text for row in pack.rows)
+
+
+def test_unusable_rows_are_reported_once_and_left_out(
+    config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = SourceConfig("bad", str(shared_path("data", "bad_text2video.parquet")), "t2v")
+    config = replace(config, sources=(*config.sources[:1], bad), pack_index=str(tmp_path / "index"), epochs=3)
+    with caplog.at_level(logging.WARNING):
+        index = prepack(config, MODEL, SEED, progress=False)
+    lines = [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
+    assert len({line["row"] for line in lines}) == len(lines) == index.counts["unusable"]
+    assert {line["source"] for line in lines} == {"bad"}
+    assert {1, 2, 3, 5} <= {line["row"] for line in lines}  # empty, no video, a picture, no moov atom
+    assert 6 not in {line["row"] for line in lines}  # the good clip
+    assert all(line["cause"] and line["draws"] >= 2 for line in lines)
+    assert len([r for r in caplog.records if r.message.startswith("unusable row")]) == len(lines)
+    assert index.counts["samples"] + sum(line["draws"] for line in lines) == 3 * (6 + 7)
+
+
+def test_sample_longer_than_a_pack_is_reported(config: DataConfig, tmp_path: Path) -> None:
+    config = replace(config, seq_length=600, pack_index=str(tmp_path / "index"))
+    index = prepack(config, MODEL, SEED, progress=False)
+    lines = [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
+    assert any("exceed data.seq_length 600" in line["cause"] for line in lines)
+    assert max(index.pack(n).pack.length for n in range(len(index))) <= 600
+    with pytest.raises(PackIndexError, match="no usable sample"):
+        prepack(replace(config, seq_length=10, pack_index=str(tmp_path / "none")), MODEL, SEED, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_existing_folder_needs_force(config: DataConfig, index: PackIndex, tmp_path: Path) -> None:
+    with pytest.raises(PackIndexError, match="exists; give --force"):
+        prepack(config, MODEL, SEED, progress=False)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(PackIndexError, match="is no pack index"):
+        prepack(replace(config, pack_index=str(tmp_path / "mine")), MODEL, SEED, force=True, progress=False)
+    small = replace(config, sources=config.sources[:1], pack_index=str(tmp_path / "index"))
+    prepack(small, MODEL, SEED, progress=False)
+    assert prepack(replace(small, epochs=1), MODEL, SEED, force=True, progress=False).counts["samples"] == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "mine"]
+
+
+def test_wrong_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"caption": pa.array([], pa.string()), "image_bytes": pa.array([], pa.binary())}),
+        tmp_path / "empty.parquet",
+    )
+    empty = replace(config.sources[0], name="empty", path=str(tmp_path / "empty.parquet"))
+    config = replace(config, pack_index=str(tmp_path / "index"))
+    for wrong, error, message in (
+        (replace(config, sources=()), ConfigError, "data.sources: is empty"),
+        (replace(config, sources=config.sources[:1] * 2), ConfigError, "'text2image' stands 2 times"),
+        (replace(config, frame_sampling="all"), ConfigError, "data.frame_sampling 'all'"),
+        (replace(config, sources=(replace(empty, path=str(tmp_path)),)), ConfigError, "lies in the folder of"),
+        (replace(config, sources=(empty,)), DataSetError, "empty.parquet has no rows"),
+    ):
+        with pytest.raises(error, match=message):
+            prepack(wrong, MODEL, SEED, progress=False)
+    with pytest.raises(ConfigError, match="model.vocab_size 100: the tokenizer has 498 tokens"):
+        prepack(config, replace(MODEL, vocab_size=100), SEED, progress=False)
+
+
+def test_mismatch_names_both_hashes_and_what_differs(config: DataConfig, index: PackIndex) -> None:
+    files = {source.name: RecordReader(source).files for source in config.sources}
+    digest = Tokenizer(config.tokenizer).sha256
+    index.check(shaping_values(config, files, digest, SEED, MODEL))
+    moved = replace(config, pack_index="elsewhere", decode="mixed", decode_threads=9)
+    index.check(shaping_values(moved, files, digest, SEED, MODEL))
+    other = replace(config, vae_resolution=480, prompts=PromptConfig(captioning="Say."))
+    with pytest.raises(PackIndexError) as caught:
+        index.check(shaping_values(other, files, digest, SEED + 1, MODEL))
+    message = str(caught.value)
+    assert index.hash in message and "the run has" in message
+    assert "data.vae_resolution: index has 256, run has 480" in message
+    assert "data.prompts.captioning" in message and "seed: index has 11, run has 12" in message
+    assert "decode" not in message
+
+
+def test_absent_damaged_and_newer_index(index: PackIndex, tmp_path: Path) -> None:
+    with pytest.raises(PackIndexError, match="holds no index.json; run tools/prepack.py"):
+        PackIndex.open(tmp_path)
+    for name in ("index.json", "packs.parquet"):
+        (tmp_path / name).write_bytes((index.folder / name).read_bytes())
+    header = json.loads((tmp_path / INDEX_FILE).read_text())
+    for change, message in (
+        ({"version": 2}, "has version 2, this program reads 1; update this program"),
+        ({"hash": "0" * 16}, "is damaged"),
+        ({"counts": {**header["counts"], "samples": 1}}, "samples, index.json says 1"),
+    ):
+        (tmp_path / INDEX_FILE).write_text(json.dumps({**header, **change}))
+        with pytest.raises(PackIndexError, match=message):
+            PackIndex.open(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps(header))
+    (tmp_path / "packs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(PackIndexError, match="is damaged"):
+        PackIndex.open(tmp_path)
+
+
+def run_tool(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_command_lines(config: DataConfig, tmp_path: Path) -> None:
+    source = config.sources[0]
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  sources:\n  - {{name: {source.name}, path: '{source.path}', task: {source.task}}}\n"
+        f"  tokenizer: '{config.tokenizer}'\n  vae_resolution: 256\n  vit_resolution: 224\n  seq_length: 1000\n"
+    )
+    folder = str(tmp_path / "index")
+    made = run_tool("prepack", "--config", str(tmp_path / "run.yaml"), f"data.pack_index={folder}", "--quiet")
+    assert made.returncode == 0, made.stderr
+    assert "6 samples" in made.stdout and PackIndex.open(folder).hash in made.stdout
+    again = run_tool("prepack", "--config", str(tmp_path / "run.yaml"), f"data.pack_index={folder}", "--quiet")
+    assert again.returncode == 1 and "give --force" in again.stderr and "Traceback" not in again.stderr
+    shown = run_tool("inspect_pack", folder, "--pack", "0", "1")
+    assert shown.returncode == 0, shown.stderr
+    assert "pack 0:" in shown.stdout and "pack 1:" in shown.stdout and "noise" in shown.stdout
+    assert run_tool("inspect_pack", str(tmp_path)).returncode == 1

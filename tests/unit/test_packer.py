@@ -1,0 +1,56 @@
+"""Packing: capacity, completeness, determinism, fill; mask pairs against a dense mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lance.packing.packer import mask_pairs, pack_lengths
+from megatron_lance.packing.segment import Segment, SegmentKind
+
+VISUAL = st.tuples(
+    st.sampled_from([SegmentKind.VIT, SegmentKind.CLEAN, SegmentKind.NOISE]),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+)
+SEGMENT = st.one_of(st.integers(1, 9).map(Segment.text), VISUAL.map(lambda v: Segment.visual(*v)))
+
+
+def dense_pairs(segments: list[Segment]) -> int:
+    """The rule of spec/model.md section 3, token by token."""
+    owner = [i for i, s in enumerate(segments) for _ in range(s.length)]
+    mask = np.zeros((len(owner), len(owner)), dtype=bool)
+    for q, i in enumerate(owner):
+        for k, j in enumerate(owner):
+            same_block = i == j and segments[i].is_visual
+            hidden = segments[j].kind is SegmentKind.NOISE and i != j
+            mask[q, k] = (q >= k or same_block) and not hidden
+    return int(mask.sum())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SEGMENT, min_size=1, max_size=6))
+def test_mask_pairs_equal_the_dense_mask(segments: list[Segment]) -> None:
+    assert mask_pairs(segments) == dense_pairs(segments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=120), st.integers(50, 120), st.integers(1, 40))
+def test_every_sample_is_packed_once_within_capacity(lengths: list[int], capacity: int, window: int) -> None:
+    packs = pack_lengths(lengths, capacity, window)
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in pack) <= capacity for pack in packs)
+    assert all(list(pack) == sorted(pack) for pack in packs)
+    assert packs == pack_lengths(lengths, capacity, window)
+
+
+def test_fill_is_high_for_mixed_lengths() -> None:
+    lengths = np.random.Generator(np.random.Philox(7)).integers(100, 12000, size=3000).tolist()
+    packs = pack_lengths(lengths, 50000, window=512)
+    assert sum(lengths) / (len(packs) * 50000) > 0.98
+
+
+def test_too_long_sample_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sample 1 of 101 tokens.*data.seq_length"):
+        pack_lengths([5, 101], 100)

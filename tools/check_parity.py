@@ -1,0 +1,132 @@
+#!/usr/bin/env python
+"""Compare this trainer with golden cases of the public reference, on any layout.
+
+    torchrun --nproc-per-node 4 tools/check_parity.py --golden DIR --tp 2 --pp 2
+
+Prints a line per case with the largest relative difference per quantity and exits 1 if one exceeds its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+
+from megatron_lance.checkpoint.hf_lance import TensorSource, gather_public, global_parameters
+from megatron_lance.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.objectives.losses import LossCounts
+from megatron_lance.packing.layout import PADDING, Layout
+from megatron_lance.packing.positions import Mape
+from megatron_lance.packing.segment import Expert
+from megatron_lance.parallel import groups as parallel_groups
+from megatron_lance.parallel.dispatch import rank_batch
+from megatron_lance.parallel.groups import Groups
+from megatron_lance.parity.compare import Difference, Probe, activations, gradients, structure
+from megatron_lance.parity.golden import GoldenCase, GoldenConfig, GoldenError, case_files, load_case, load_config
+from megatron_lance.training.setup import Trainee, build
+from megatron_lance.training.step import forward_backward
+
+ALIGNMENT = 4
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--golden", type=Path, required=True, metavar="DIR", help="folder of golden cases")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
+    parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
+    parser.add_argument("--vpp", type=int, default=None, help="model chunks per pipeline rank")
+    parser.add_argument("--attention", default="sdpa", help="attention backend: sdpa or dense")
+    parser.add_argument("--verbose", action="store_true", help="a line per quantity")
+    return parser.parse_args()
+
+
+def _our_gradients(trainee: Trainee, config: GoldenConfig) -> dict[str, torch.Tensor]:
+    """Gradients of all parameters by public key, from all stages; a collective of the whole world."""
+    own = ((name, parameter.main_grad) for name, parameter in global_parameters(trainee.stages))
+    group = parallel_state.get_tensor_model_parallel_group()
+    public = {key: grad.clone() for key, grad in gather_public(own, config.model, group)}
+    stages: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(stages, public)
+    return {key: grad for stage in stages if stage is not None for key, grad in stage.items()}
+
+
+def check_case(case: GoldenCase, config: GoldenConfig, trainee: Trainee, groups: Groups) -> list[Difference]:
+    """Run one case forward and backward on this layout and compare."""
+    layout = Layout.build(case.pack, groups.cp, groups.tp, ALIGNMENT)
+    batch = rank_batch(
+        case.pack,
+        layout,
+        case.tokens,
+        case.visuals,
+        case.noise,
+        mape=Mape(config.model.mape),
+        mape_step=config.model.mape_step,
+        cp_rank=groups.cp_rank,
+        tp_rank=groups.tp_rank,
+    ).to(groups.device, torch.float32)
+    copies = groups.pp if trainee.config.virtual_pipeline_model_parallel_size else 1
+    counts = LossCounts(copies * case.pack.ce_rows, copies * case.pack.velocity_rows)
+    region = layout.region_tokens(Expert.UND, groups.cp_rank)
+    ce_tokens = region[batch.ce_rows.cpu().numpy()]
+    ce_tokens[batch.ce_weights.cpu().numpy() == 0] = PADDING
+    probe = Probe(layout, groups.cp_rank, groups.tp_rank)
+    with probe.watch(trainee.stages, ce_tokens):
+        forward_backward(trainee, [batch] * copies, counts, config.objective, groups)
+    return [
+        *structure(case, config.model.latent_position_size),
+        *activations(case, probe.collect(), config.model.num_layers),
+        *gradients(case, _our_gradients(trainee, config)),
+    ]
+
+
+def _report(name: str, differences: list[Difference], verbose: bool) -> None:
+    bad = [d for d in differences if not d.ok]
+    exact = [d for d in differences if d.tolerance == 0]
+    parts = [f"exact {sum(d.ok for d in exact)}/{len(exact)}"]
+    parts += [f"{d.quantity} {d.value:.1e}" for d in differences if d.tolerance > 0 or not d.ok]
+    print(f"{'FAIL' if bad else 'ok  '} {name}: " + ", ".join(parts))
+    for d in differences if verbose else bad:
+        print(f"     {'ok  ' if d.ok else 'FAIL'} {d.quantity}: {d.value:.3e} (tolerance {d.tolerance:.0e})")
+
+
+def main() -> int:
+    """Check all cases of a folder; 0 if every quantity is within its tolerance."""
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.golden)
+        cases = [load_case(path, config) for path in case_files(arguments.golden)]
+    except GoldenError as error:
+        print(f"check_parity: {error}", file=sys.stderr)
+        return 2
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=arguments.tp,
+        pipeline_model_parallel_size=arguments.pp,
+        context_parallel_size=arguments.cp,
+        virtual_pipeline_model_parallel_size=arguments.vpp,
+        use_distributed_optimizer=False,
+    )
+    groups = parallel_groups.initialize(parallel, seed=1)
+    model = replace(config.model, attention_backend=arguments.attention)
+    run = RunConfig(model=model, parallel=parallel, training=TrainingConfig(precision="float32"))
+    source = TensorSource(load_file(arguments.golden / "weights.safetensors"), config.model)
+    trainee = build(run, groups, config.tokenizer_size, source)
+    failed = False
+    for case in cases:
+        differences = check_case(case, config, trainee, groups)
+        failed |= not all(d.ok for d in differences)
+        if dist.get_rank() == 0:
+            _report(case.name, differences, arguments.verbose)
+    parallel_groups.destroy()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
