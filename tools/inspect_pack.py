@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.data.pack_index import PackIndex
-from megatron_lance.data.pack_index_format import PackIndexError
 
 
 def main() -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="pack index")
-    parser.add_argument("--pack", type=int, nargs="+", default=[0], help="pack numbers")
+    parser.add_argument("--pack", type=int, nargs="+", default=[0], metavar="N", help="pack numbers, from 0")
     args = parser.parse_args()
-    try:
-        index = PackIndex.open(args.folder)
-        print(f"{index.folder}: {len(index)} packs, {index.counts['samples']} samples, hash {index.hash}")
-        for number in args.pack:
-            print(index.pack(number))
-    except (PackIndexError, ValueError) as error:
-        print(f"inspect_pack: {error}", file=sys.stderr)
-        return 1
+    index = PackIndex.open(args.folder)
+    print(f"{index.folder}: {len(index)} packs, {index.counts['samples']} samples, hash {index.hash}")
+    for number in args.pack:
+        if number < 0:
+            raise UserError(f"--pack {number}: pack numbers start at 0; give 0 to {len(index) - 1}")
+        print(index.pack(number))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("inspect_pack", main))

@@ -6,28 +6,22 @@ import argparse
 import logging
 import sys
 
-from megatron_lance.config.loader import ConfigError, load_config
-from megatron_lance.data.pack_index_format import PackIndexError
+from megatron_lance.config.errors import run_command
+from megatron_lance.config.loader import load_config
 from megatron_lance.data.prepack import prepack
-from megatron_lance.data.prompt import TokenizerError
-from megatron_lance.data.records import DataSetError
 
 
 def main() -> int:
     """Run; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="append", required=True, help="YAML file; later ones win")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML file; later ones win")
     parser.add_argument("--force", action="store_true", help="overwrite the pack index")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("overrides", nargs="*", help="key=value, for example data.seq_length=50000")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.seq_length=50000")
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        config = load_config(args.config, args.overrides)
-        index = prepack(config.data, config.model, config.training.seed, args.force, progress=not args.quiet)
-    except (ConfigError, TokenizerError, DataSetError, PackIndexError) as error:
-        print(f"prepack: {error}", file=sys.stderr)
-        return 1
+    config = load_config(args.config, args.overrides)
+    index = prepack(config.data, config.model, config.training.seed, args.force, progress=not args.quiet)
     counts = index.counts
     fill = counts["tokens"] / (counts["packs"] * index.capacity)
     print(
@@ -38,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("prepack", main))

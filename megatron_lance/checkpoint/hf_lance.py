@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.packing.rng import stream
 
@@ -29,7 +30,7 @@ IGNORED_KEYS = ("latent_pos_embed.pos_embed", "vit_model.")
 """Keys of public checkpoints that this model rebuilds or holds elsewhere."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """Public weights that do not fit the model; lists every offending tensor."""
 
 
@@ -172,9 +173,7 @@ def bindings(model: ModelConfig) -> dict[str, Binding]:
 
 def public_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Every public key and its shape."""
-    return {
-        key: shape for b in bindings(model).values() for key, shape in zip(b.keys, b.shapes, strict=True)
-    }
+    return {key: shape for b in bindings(model).values() for key, shape in zip(b.keys, b.shapes, strict=True)}
 
 
 def global_parameters(stages: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import RunConfig
 
 _RULES = {
@@ -33,7 +34,7 @@ _RULES = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting breaks a rule.  One line per problem: file or field, value, rule, remedy."""
 
 

@@ -164,6 +164,7 @@ class TrainingConfig:
     init_from: str = ""  # folder in the public Lance layout; empty: random by (seed, parameter name)
     run_dir: str = "runs/default"  # everything a run writes
     log_interval: int = 1  # steps
+    max_nonfinite_steps: int = 3  # steps in a row whose loss or gradients may be not finite before the run ends
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from megatron_lance.data.decode import DecodeRequest
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.pack_index_format import PackIndexError, PlannedRow, shaping_values
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.records import RecordError, RecordReader
+from megatron_lance.data.records import RecordReader
 from megatron_lance.data.tasks import MediaItem, assemble, outline
 from megatron_lance.packing.batch import PackTokens
 
@@ -103,7 +103,7 @@ class PackReader:
         try:
             pieces = outline(record, planned.task, self._config.prompts, row.dropout)
             sample, ids = assemble(planned.sample_id, planned.task, pieces, visuals, self._tokenizer)
-        except (RecordError, ValueError) as error:
+        except ValueError as error:
             raise PackIndexError(f"{error}; the record was planned otherwise: run tools/prepack.py --force") from error
         if sample != planned:
             raise PackIndexError(

@@ -188,9 +188,7 @@ class PackIndex:
         lap, at = divmod(number, len(self))
         start, stop = int(self._starts[at]), int(self._starts[at + 1])
         table = self._table.slice(start, stop - start)
-        rows = tuple(
-            row_from_values(values, i, lap * self._epoch_stride) for i, values in enumerate(table.to_pylist())
-        )
+        rows = tuple(row_from_values(values, i, lap * self._epoch_stride) for i, values in enumerate(table.to_pylist()))
         return PlannedPack(
             number,
             Pack(tuple(row.sample for row in rows), self.capacity),

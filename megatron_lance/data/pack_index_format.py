@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import DataConfig, ModelConfig
 from megatron_lance.data.records import SourceFile
 from megatron_lance.data.tasks import Dropout, MediaItem
@@ -52,7 +53,7 @@ PACKS_SCHEMA = pa.schema(
 )
 
 
-class PackIndexError(ValueError):
+class PackIndexError(UserError):
     """A pack index that is absent, damaged, of another version, or made for another configuration."""
 
 
@@ -104,7 +105,14 @@ def shaping_values(
         source["files"] = {file.name: file.size for file in files[source["name"]]}
         sources[source["name"]] = source
     model_values = {name: getattr(model, name) for name in ("latent_position_frames", "latent_position_size")}
-    return {"data": data, "sources": sources, "tokenizer": tokenizer_sha256, "seed": seed, "model": model_values}
+    return {
+        "data": data,
+        "sources": sources,
+        "source_order": list(sources),
+        "tokenizer": tokenizer_sha256,
+        "seed": seed,
+        "model": model_values,
+    }
 
 
 def digest(shaping: Mapping[str, Any]) -> str:
@@ -145,9 +153,7 @@ def row_to_values(pack: int, row: PlannedRow) -> dict[str, Any]:
 def row_from_values(values: Mapping[str, Any], sample_index: int, epoch_offset: int) -> PlannedRow:
     """The inverse of `row_to_values`."""
     segments = tuple(
-        Segment(
-            SegmentKind(s["kind"]), s["length"], tuple(s["grid"]) if s["grid"] else None, tuple(s["clean_frames"])
-        )
+        Segment(SegmentKind(s["kind"]), s["length"], tuple(s["grid"]) if s["grid"] else None, tuple(s["clean_frames"]))
         for s in values["segments"]
     )
     span = values["caption_span"]
@@ -207,7 +213,8 @@ def write_index(
         (partial / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
         _replace(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial)
 
 
 def check_target(folder: Path, force: bool) -> None:
@@ -228,4 +235,5 @@ def _replace(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import tokenizers
 
+from megatron_lance.config.errors import UserError
+
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 VISION_START = "<|vision_start|>"
@@ -30,7 +32,7 @@ VIDEO_PAD = "<|video_pad|>"
 SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD)
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The tokenizer's folder is not usable."""
 
 

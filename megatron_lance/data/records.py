@@ -18,6 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
 from megatron_lance.packing.sample import Task
 
@@ -25,7 +26,7 @@ INTERLEAVE = ("interleave_array", "element_dtype_array")
 _OPEN_FILES = 16
 
 
-class DataSetError(ValueError):
+class DataSetError(DataError):
     """A data set that cannot be used: no files, an unreadable file, missing columns."""
 
 
@@ -335,6 +336,8 @@ def _as_text(value: Any, where: str) -> str:
 
 def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
     """(file system, parquet files) of a source's file, folder or glob."""
+    if not source.path:
+        raise DataSetError(f"data.sources {source.name}: path is empty; give a file, folder or glob")
     fs, root = fsspec.core.url_to_fs(source.path)
     if "*" in root or "?" in root or "[" in root:
         found = fs.glob(root, detail=True)
@@ -350,7 +353,7 @@ def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
         for path, info in sorted(found.items())
         if info["type"] == "file"
     )
-    if not files or not source.path:
+    if not files:
         raise DataSetError(
             f"data.sources {source.name}: path '{source.path}' holds no parquet file; give a file, folder or glob"
         )

@@ -30,23 +30,21 @@ def _round_to_stride(length: float) -> int:
     return round(length / BUCKET_STRIDE) * BUCKET_STRIDE
 
 
+def _bucket(ratio: float, area: int) -> tuple[int, int]:
+    """The (H, W) of one nominal ratio, width / height: the closer of rounding the width or the height first."""
+    width = _round_to_stride(math.sqrt(area * ratio))
+    height = _round_to_stride(math.sqrt(area / ratio))
+    width_first = (_round_to_stride(width / ratio), width)
+    height_first = (height, _round_to_stride(height * ratio))
+    return min(width_first, height_first, key=lambda b: (abs(b[1] / b[0] - ratio), abs(b[0] * b[1] - area)))
+
+
 @lru_cache(maxsize=64)
 def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     """The (H, W) buckets of one resolution, in the order of ASPECT_RATIOS."""
     if resolution < 2 * BUCKET_STRIDE:
         raise ValueError(f"resolution {resolution}: must be at least {2 * BUCKET_STRIDE} pixels; raise the resolution")
-    area = resolution * resolution
-    buckets = []
-    for ratio_w, ratio_h in ASPECT_RATIOS:
-        ratio = ratio_w / ratio_h
-        width = _round_to_stride(math.sqrt(area * ratio))
-        height = _round_to_stride(math.sqrt(area / ratio))
-        width_first = (_round_to_stride(width / ratio), width)
-        height_first = (height, _round_to_stride(height * ratio))
-        buckets.append(
-            min(width_first, height_first, key=lambda b: (abs(b[1] / b[0] - ratio), abs(b[0] * b[1] - area)))  # noqa: B023
-        )
-    return tuple(buckets)
+    return tuple(_bucket(w / h, resolution * resolution) for w, h in ASPECT_RATIOS)
 
 
 def bucket_size(width: int, height: int, resolution: int) -> tuple[int, int]:

@@ -110,9 +110,7 @@ def draw_dropout(config: DataConfig, record: Record, task: Task, seed: int, epoc
     address = (record.sample_id, epoch)
     n_conditions = sum(isinstance(element, Media) for element in record.inputs)
     dropped = [
-        k
-        for k in range(n_conditions)
-        if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
+        k for k in range(n_conditions) if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
     ]
     return Dropout(uniform(seed, "caption_dropout", *address) < config.caption_dropout, tuple(dropped))
 
@@ -291,9 +289,7 @@ def _plan_block(
             )
     segment = Segment.visual(block.kind, grid, clean)
     bucket = bucket_size(info.width, info.height, resolution)
-    item = MediaItem(
-        0, 0, record.source, record.file, record.row, block.media.element, frames, bucket, size, encoder
-    )
+    item = MediaItem(0, 0, record.source, record.file, record.row, block.media.element, frames, bucket, size, encoder)
     return segment, item
 
 

@@ -58,9 +58,7 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
     ) -> None:
         super().__init__(config=config)
         experts = (
-            build_module(
-                spec, config=config, layer_number=layer_number, pg_collection=pg_collection, vp_stage=vp_stage
-            )
+            build_module(spec, config=config, layer_number=layer_number, pg_collection=pg_collection, vp_stage=vp_stage)
             for spec in (submodules.und, submodules.gen)
         )
         self.und, self.gen = experts

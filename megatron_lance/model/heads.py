@@ -87,5 +87,6 @@ class Heads(MegatronModule):
         """Hidden states of the last layer [s, 1, h] -> per-row outputs."""
         und, gen = hidden.split(list(batch.shard_rows))
         logits = self._logits(self.und_norm(und), batch.ce_rows)
-        ce = vocab_parallel_cross_entropy(logits.float(), batch.ce_labels)
+        # a copy: megatron-core turns the tensor it is given into probabilities in place
+        ce = vocab_parallel_cross_entropy(logits.to(torch.float32, copy=True), batch.ce_labels)
         return HeadOutputs(logits, ce, self.llm2vae(self.gen_norm(gen)).squeeze(1))

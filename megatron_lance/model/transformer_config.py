@@ -17,6 +17,11 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 """training.precision -> parameter dtype."""
 
 
+def _filled_later(weight: torch.Tensor) -> torch.Tensor:
+    """Leave a weight as it is.  Without initialisation megatron-core would not mark it as tensor-parallel either."""
+    return weight
+
+
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
     """The TransformerConfig both experts, the schedules and the optimizer share.
 
@@ -60,7 +65,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        perform_initialization=False,
+        init_method=_filled_later,
+        output_layer_init_method=_filled_later,
+        embedding_init_method=_filled_later,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
         gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,

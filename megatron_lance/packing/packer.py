@@ -82,3 +82,33 @@ def _best_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> 
         groups[group].append(number)
         insort(free, (room - lengths[number], group))
     return sorted(tuple(sorted(group)) for group in groups)
+
+
+def deal_packs(costs: Sequence[int], replicas: int) -> list[list[int]]:
+    """Deal the packs of a global batch to replicas, the same number to each and nearly the same cost.
+
+    The most expensive pack goes first, each to the replica with the least cost so far among those with room.
+
+    Args:
+        costs: of each pack, e.g. mask pairs.
+        replicas: data-parallel size; divides the number of packs.
+
+    Returns:
+        For each replica the indices of its packs, ascending.
+
+    Raises:
+        ValueError: if the packs cannot be dealt evenly.
+    """
+    if replicas < 1 or len(costs) % replicas:
+        raise ValueError(
+            f"{len(costs)} packs to {replicas} replicas: each must get the same number; choose a "
+            "training.global_batch_size that is a multiple of the data-parallel size"
+        )
+    room = len(costs) // replicas
+    dealt: list[list[int]] = [[] for _ in range(replicas)]
+    load = [0] * replicas
+    for pack in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        replica = min((r for r in range(replicas) if len(dealt[r]) < room), key=lambda r: (load[r], r))
+        dealt[replica].append(pack)
+        load[replica] += costs[pack]
+    return [sorted(packs) for packs in dealt]

@@ -8,7 +8,8 @@ The measure is max |ours - theirs| / max |theirs| over a whole quantity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,6 +213,11 @@ def activations(case: GoldenCase, collected: Mapping[str, Mapping[int, torch.Ten
     ]
 
 
+def _worst(values: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    """The largest value and its name; a value that is no number is larger than any."""
+    return max(values, key=lambda item: float("inf") if math.isnan(item[0]) else item[0])
+
+
 def gradients(case: GoldenCase, ours: Mapping[str, torch.Tensor]) -> list[Difference]:
     """Gradients by public key where the case has them whole, else their norms; the worst of all parameters.
 
@@ -220,12 +226,12 @@ def gradients(case: GoldenCase, ours: Mapping[str, torch.Tensor]) -> list[Differ
         ours: gradients of all parameters by public key.
     """
     if case.gradients:
-        worst = max((relative(ours[key], grad), key) for key, grad in case.gradients.items())
+        worst = _worst((relative(ours[key], grad), key) for key, grad in case.gradients.items())
         return [Difference(f"gradients of {len(case.gradients)} tensors (worst {worst[1]})", worst[0], RELATIVE)]
     if not case.gradient_norms:
         return []
     largest = max(case.gradient_norms.values())
-    worst = max(
+    worst = _worst(
         (abs(float(ours[key].double().norm()) - norm) / max(norm, 1e-3 * largest), key)
         for key, norm in case.gradient_norms.items()
     )

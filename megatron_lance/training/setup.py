@@ -59,8 +59,7 @@ def _wrap(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
     return [
-        DistributedDataParallel(config, ddp, stage, disable_bucketing=index > 0)
-        for index, stage in enumerate(stages)
+        DistributedDataParallel(config, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
 
 

@@ -46,9 +46,7 @@ def _pack_loss(
     """(loss of this rank's rows, no token count, [ce sum, velocity sum]) as megatron-core's schedules want it."""
     ce_sum = weighted_sum(outputs.ce, batch.ce_weights)
     velocity_sum = weighted_sum(velocity_error(outputs.velocity, batch.target), batch.velocity_weights)
-    loss = total_loss(
-        ce_sum, velocity_sum, counts, ce_weight=objective.ce_weight, mse_weight=objective.mse_weight
-    )
+    loss = total_loss(ce_sum, velocity_sum, counts, ce_weight=objective.ce_weight, mse_weight=objective.mse_weight)
     no_count = torch.zeros((), dtype=torch.int, device=loss.device)
     return loss, no_count, torch.stack([ce_sum, velocity_sum]).detach()
 

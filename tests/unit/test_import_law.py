@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "packing", "ops", "parallel"},
     "checkpoint": _BELOW_MODEL,
     "sampling": _BELOW_MODEL,
-    "profiling": _BELOW_MODEL,
+    "profiling": _BELOW_MODEL | {"checkpoint"},
+    "parity": _BELOW_MODEL,
     "training": _BELOW_MODEL | {"checkpoint", "sampling", "profiling"},
 }
 # External module -> the only files that may import it, relative to the package.

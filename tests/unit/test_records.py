@@ -129,6 +129,8 @@ def test_errors_name_file_rule_and_remedy(tmp_path: Path) -> None:
         reader(tmp_path / "broken.parquet", "t2i").row_count("broken.parquet")
     with pytest.raises(DataSetError, match="holds no parquet file; give a file, folder or glob"):
         reader(tmp_path / "nothing", "t2i")
+    with pytest.raises(DataSetError, match="path is empty"):
+        reader("", "t2i")
     with pytest.raises(DataSetError, match="task 'i2i' is unknown; use one of t2i, t2v"):
         reader(tmp_path, "i2i")
     with pytest.raises(DataSetError, match="has no file 'other.parquet'"):

@@ -1,0 +1,1 @@
+"""Profiling: parameter counts and memory estimates."""

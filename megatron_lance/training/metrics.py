@@ -1,0 +1,95 @@
+"""What a run reports: one line per logged step, TensorBoard scalars and a metrics.jsonl.
+
+Station: step -> [metrics].  Only the first rank writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One step.
+
+    Attributes:
+        step: from 1.
+        loss: weighted total.
+        ce_loss: nats per CE row.
+        velocity_loss: per velocity row.
+        grad_norm: before clipping.
+        learning_rate: of this step.
+        tokens_per_second: real tokens of the global batch over the step's time.
+        fill: real tokens / capacity.
+        step_seconds: whole step.
+        data_seconds: of it, waiting for data.
+        broken: visual segments of this replica's packs that could not be read.
+        skipped: whether the optimizer step was left out because loss or gradients were not finite.
+    """
+
+    step: int
+    loss: float
+    ce_loss: float
+    velocity_loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    fill: float
+    step_seconds: float
+    data_seconds: float
+    broken: int
+    skipped: bool
+
+    def line(self, last_step: int) -> str:
+        """The step as one line."""
+        note = " SKIPPED (not finite)" if self.skipped else ""
+        return (
+            f"step {self.step}/{last_step} loss {self.loss:.5f} ce {self.ce_loss:.4f} velocity {self.velocity_loss:.4f} "
+            f"grad norm {self.grad_norm:.3f} lr {self.learning_rate:.2e} tokens/s {self.tokens_per_second:.0f} "
+            f"fill {self.fill:.1%} step {self.step_seconds:.2f} s (data {self.data_seconds:.2f} s){note}"
+        )
+
+
+class MetricsWriter:
+    """Writes metrics of a run into its folder.
+
+    Args:
+        run_dir: of the run.
+        enabled: False on all ranks but the first.
+    """
+
+    def __init__(self, run_dir: Path, enabled: bool) -> None:
+        self.enabled = enabled
+        if enabled:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+            self.lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.enabled:
+            self.board.close()
+            self.lines.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one step."""
+        if not self.enabled:
+            return
+        values = asdict(metrics)
+        self.lines.write(json.dumps(values) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            if name != "step":
+                self.board.add_scalar(f"train/{name}", float(value), metrics.step)

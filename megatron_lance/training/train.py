@@ -1,0 +1,63 @@
+"""The training entry.
+
+    torchrun --nproc-per-node 4 -m megatron_lance.training.train --config FILE [key=value ...]
+
+Station: command line -> configuration -> run.  Everything that can be wrong in a configuration ends with one clear
+line and a non-zero exit code before any process group exists; torch and megatron-core are imported only then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_lance.config.errors import run_command
+from megatron_lance.config.loader import dump_yaml, load_config
+from megatron_lance.config.validate import validate
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="megatron_lance.training.train", description="Train a Lance model.")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML file; later ones win")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print layout, memory and the first pack and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.train_iters=20")
+    return parser.parse_intermixed_args(arguments)
+
+
+def set_up_logging(first_rank: bool) -> None:
+    """Our own lines from the first rank, warnings from all; megatron-core's and torch's notices only as errors."""
+    level = logging.INFO if first_rank else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    for module in ("megatron", "torch", "megatron_lance.parallel.cpu_rehearsal"):
+        warnings.filterwarnings("ignore", category=Warning, module=module)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parse_arguments(arguments)
+    first_rank, world_size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    set_up_logging(first_rank)
+    config = load_config(options.config, options.overrides)
+    validate(config, world_size)
+    if options.print_config:
+        sys.stdout.write(dump_yaml(config) if first_rank else "")
+        return 0
+    from megatron_lance.training import run  # heavy: only once the configuration stands
+
+    if options.dry_run:
+        text = run.describe(config, world_size)
+        sys.stdout.write(text + "\n" if first_rank else "")
+        return 0
+    run.start(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("train", main))
