@@ -9,6 +9,7 @@ Prints a line per case with the largest relative difference per quantity and exi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from megatron_lance.checkpoint.hf_lance import TensorSource, gather_public, global_parameters
-from megatron_lance.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.config.errors import run_command
+from megatron_lance.config.schema import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.config.validate import validate
 from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.packing.layout import PADDING, Layout
 from megatron_lance.packing.positions import Mape
@@ -29,6 +32,8 @@ from megatron_lance.parallel.dispatch import rank_batch
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.parity.compare import Difference, Probe, activations, gradients, structure
 from megatron_lance.parity.golden import GoldenCase, GoldenConfig, GoldenError, case_files, load_case, load_config
+from megatron_lance.parity.sampling import check_sampling, sampling_files
+from megatron_lance.sampling.velocity import ModelVelocity
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
 
@@ -38,7 +43,9 @@ ALIGNMENT = 4
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", type=Path, required=True, metavar="DIR", help="folder of golden cases")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--golden", type=Path, metavar="DIR", help="folder of training cases, case*.json")
+    what.add_argument("--sampling", type=Path, metavar="DIR", help="folder of sampling cases, sampling_*.json")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
@@ -50,7 +57,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def _our_gradients(trainee: Trainee, config: GoldenConfig) -> dict[str, torch.Tensor]:
     """Gradients of all parameters by public key, from all stages; a collective of the whole world."""
-    own = ((name, parameter.main_grad) for name, parameter in global_parameters(trainee.stages))
+    parameters = global_parameters(trainee.stages)
+    own = ((name, parameter.main_grad) for name, parameter in parameters)  # type: ignore[attr-defined]
     group = parallel_state.get_tensor_model_parallel_group()
     public = {key: grad.clone() for key, grad in gather_public(own, config.model, group)}
     stages: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size()
@@ -97,15 +105,8 @@ def _report(name: str, differences: list[Difference], verbose: bool) -> None:
         print(f"     {'ok  ' if d.ok else 'FAIL'} {d.quantity}: {d.value:.3e} (tolerance {d.tolerance:.0e})")
 
 
-def main() -> int:
-    """Check all cases of a folder; 0 if every quantity is within its tolerance."""
-    arguments = parse_arguments()
-    try:
-        config = load_config(arguments.golden)
-        cases = [load_case(path, config) for path in case_files(arguments.golden)]
-    except GoldenError as error:
-        print(f"check_parity: {error}", file=sys.stderr)
-        return 2
+def _start(arguments: argparse.Namespace, config: GoldenConfig, folder: Path) -> tuple[Trainee, Groups]:
+    """Join the groups and build the golden model on this layout."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=arguments.tp,
         pipeline_model_parallel_size=arguments.pp,
@@ -113,20 +114,41 @@ def main() -> int:
         virtual_pipeline_model_parallel_size=arguments.vpp,
         use_distributed_optimizer=False,
     )
+    run = RunConfig(
+        model=replace(config.model, attention_backend=arguments.attention),
+        parallel=parallel,
+        data=DataConfig(max_seconds_generation=0.1),
+        training=TrainingConfig(precision="float32", global_batch_size=arguments.pp),
+    )
+    validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    source = TensorSource(load_file(folder / "weights.safetensors"), config.model)
     groups = parallel_groups.initialize(parallel, seed=1)
-    model = replace(config.model, attention_backend=arguments.attention)
-    run = RunConfig(model=model, parallel=parallel, training=TrainingConfig(precision="float32"))
-    source = TensorSource(load_file(arguments.golden / "weights.safetensors"), config.model)
-    trainee = build(run, groups, config.tokenizer_size, source)
+    return build(run, groups, config.tokenizer_size, source), groups
+
+
+def main() -> int:
+    """Check all cases of a folder; 0 if every quantity is within its tolerance."""
+    arguments = parse_arguments()
+    folder = arguments.golden or arguments.sampling
+    config = load_config(folder)
+    files = case_files(folder) if arguments.golden else sampling_files(folder)
+    trainee, groups = _start(arguments, config, folder)
+    velocity = ModelVelocity(trainee.stages, config.model, groups, ALIGNMENT)
     failed = False
-    for case in cases:
-        differences = check_case(case, config, trainee, groups)
+    for path in files:
+        try:
+            if arguments.golden:
+                differences = check_case(load_case(path, config), config, trainee, groups)
+            else:
+                differences = check_sampling(path, config, velocity)
+        except GoldenError as error:  # raised while reading, by all ranks alike
+            differences = [Difference(f"unreadable: {error}", float("inf"), 0.0)]
         failed |= not all(d.ok for d in differences)
         if dist.get_rank() == 0:
-            _report(case.name, differences, arguments.verbose)
+            _report(path.stem, differences, arguments.verbose)
     parallel_groups.destroy()
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("check_parity", main))

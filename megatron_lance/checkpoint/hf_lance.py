@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
+from megatron_lance.model.lance_model import LanceModel
 from megatron_lance.packing.rng import stream
 
 Shape = tuple[int, ...]
@@ -83,6 +84,10 @@ def _single(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0]
 
 
+def _stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(tensors))
+
+
 def _alone(whole: torch.Tensor) -> Sequence[torch.Tensor]:
     return (whole,)
 
@@ -140,7 +145,7 @@ def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Bi
         "self_attention.q_layernorm.weight": single(f"{attention}q_norm{suffix}.weight", d),
         "self_attention.k_layernorm.weight": single(f"{attention}k_norm{suffix}.weight", d),
         "mlp.linear_fc1.weight": Binding(
-            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), torch.cat, _halves, 0, parts=2
+            (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), _stack, _halves, 0, parts=2
         ),
         "mlp.linear_fc2.weight": single(f"{mlp}down_proj.weight", h, ffn, shard_dim=1),
     }
@@ -176,7 +181,7 @@ def public_shapes(model: ModelConfig) -> dict[str, Shape]:
     return {key: shape for b in bindings(model).values() for key, shape in zip(b.keys, b.shapes, strict=True)}
 
 
-def global_parameters(stages: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(stages: Sequence[LanceModel]) -> Iterator[tuple[str, nn.Parameter]]:
     """This rank's parameters by their global names.
 
     Args:
@@ -193,7 +198,7 @@ def global_parameters(stages: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Par
 
 @torch.no_grad()
 def load_weights(
-    stages: Sequence[nn.Module], source: WeightSource, model: ModelConfig, *, tp_rank: int, tp: int
+    stages: Sequence[LanceModel], source: WeightSource, model: ModelConfig, *, tp_rank: int, tp: int
 ) -> None:
     """Fill every parameter of this rank from public tensors.
 

@@ -59,8 +59,9 @@ class LatentPosition(nn.Module):
         super().__init__()
         third = hidden // 3 // 2 * 2
         self.size = size
-        for name, count, dim in (("t", frames, third), ("h", size, third), ("w", size, hidden - 2 * third)):
-            self.register_buffer(name, sincos_axis(count, dim), persistent=False)
+        self.t = nn.Buffer(sincos_axis(frames, third), persistent=False)
+        self.h = nn.Buffer(sincos_axis(size, third), persistent=False)
+        self.w = nn.Buffer(sincos_axis(size, hidden - 2 * third), persistent=False)
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
         """Grid cells int64 [g, 3] -> float32 [g, hidden]."""
@@ -78,6 +79,7 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.dtype = config.params_dtype
         self.mlp = nn.Sequential(
             replicated_linear(2 * TIME_FREQUENCIES, config.hidden_size, config),
             nn.SiLU(),
@@ -89,7 +91,7 @@ class TimeEmbedder(nn.Module):
         steps = torch.arange(TIME_FREQUENCIES, dtype=torch.float32, device=t.device)
         angles = t[:, None] * torch.exp(-math.log(10000) * steps / TIME_FREQUENCIES)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(self.dtype))
 
 
 class Embedder(MegatronModule):

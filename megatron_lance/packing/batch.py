@@ -96,8 +96,10 @@ class PackNoise:
         timesteps: float32 [N_vae], t of each VAE row; 0 for clean rows and frame conditions.
         noise: float32 [N_vae, channels].
         loss_rows: bool [N_vae], rows with a velocity loss.
+        x_t: float32 [N_vae, channels], what the model sees; None: (1 - t) * latents + t * noise.
     """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
     loss_rows: torch.Tensor
+    x_t: torch.Tensor | None = None

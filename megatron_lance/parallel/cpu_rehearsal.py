@@ -78,8 +78,8 @@ def start_if_needed() -> bool:
         torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
         for name in ("synchronize", "set_device", "manual_seed", "manual_seed_all", "empty_cache"):
             setattr(torch.cuda, name, _do_nothing())
-        torch.cuda.get_rng_state = megatron_random._get_cuda_rng_state = _get_state  # type: ignore[assignment]
-        torch.cuda.set_rng_state = megatron_random._set_cuda_rng_state = _set_state  # type: ignore[assignment]
+        torch.cuda.get_rng_state = megatron_random._get_cuda_rng_state = _get_state
+        torch.cuda.set_rng_state = megatron_random._set_cuda_rng_state = _set_state
         _mode = _CudaNamesToCpu()
         _mode.__enter__()
         logger.info("no GPU: megatron-core runs on the CPU over gloo")

@@ -164,8 +164,9 @@ def _gen_part(
     weights = _take(noise.loss_rows.float(), index) * torch.from_numpy(
         np.where(shard == PADDING, False, keep[np.maximum(shard, 0)]).astype(np.float32)
     )
+    mixed = (1 - t)[:, None] * latents + t[:, None] * eps
     return {
-        "noisy_latents": (1 - t)[:, None] * latents + t[:, None] * eps,
+        "noisy_latents": mixed if noise.x_t is None else _take(noise.x_t, index),
         "timesteps": distinct,
         "timestep_index": timestep_index,
         "grid": _take(torch.from_numpy(vae_grid(pack)), index),

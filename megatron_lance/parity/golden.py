@@ -1,7 +1,8 @@
 """Golden cases: one packed training batch each, made by the public reference on a small configuration.
 
 Station: files -> [pack, values, expected results] -> comparison.  A case is rebuilt by our own rules from its raw
-media, its sequence plans and its token ids; of the reference's results only the recorded noise is an input.
+media, its sequence plans and its token ids; of the reference's results only the recorded noise is an input, and the
+batch tells which plan entries of a sample without template were dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig, ObjectiveConfig
 from megatron_lance.objectives.flow_matching import loss_rows, shift_timestep
 from megatron_lance.packing.batch import PackNoise, PackTokens, PackVisuals
@@ -25,7 +27,7 @@ VIT_REDUCTION = (2, 28, 28)
 """Frames, rows and columns of pixels per merged ViT token."""
 
 
-class GoldenError(ValueError):
+class GoldenError(UserError):
     """A golden file that cannot be read as a case."""
 
 
@@ -165,15 +167,21 @@ def _runs(indices: list[int]) -> tuple[tuple[int, int], ...]:
 
 
 @dataclass(frozen=True)
-class _Rebuilt:
-    """A sample by our rules with its ids and the media keys of its visual segments in order."""
+class Rebuilt:
+    """A sample by our rules.
+
+    Attributes:
+        sample: its structure.
+        ids: its token ids.
+        keys: the media keys of its visual segments, in order.
+    """
 
     sample: Sample
     ids: list[int]
     keys: list[str]
 
 
-def _templated(name: str, raw: Mapping[str, Any], media: Mapping[str, torch.Tensor]) -> _Rebuilt:
+def _templated(name: str, raw: Mapping[str, Any], media: Mapping[str, torch.Tensor]) -> Rebuilt:
     """A sample in the chat template: the ids hold everything, spans tell where blocks are."""
     *entries, template = raw["sequence_plan"]
     ids, keys = list(raw["text_ids_list"][0]), [item["key"] for item in raw["visual_items"]]
@@ -195,11 +203,34 @@ def _templated(name: str, raw: Mapping[str, Any], media: Mapping[str, torch.Tens
         labels,
         (caption[0], caption[-1] + 1) if caption else None,
     )
-    return _Rebuilt(sample, ids, keys)
+    return Rebuilt(sample, ids, keys)
 
 
 MODES = {SegmentKind.VIT: "full", SegmentKind.CLEAN: "full_noise", SegmentKind.NOISE: "noise"}
 """The reference's names of attention modes (its full_noise is a clean block)."""
+
+VIT_CONTENT = ("in/packed_vit_token_indexes", "in/packed_vit_tokens_cat")
+VAE_CONTENT = ("in/packed_vae_token_indexes", "in/clean_latent_tokens")
+"""Where the batch has the content of visual blocks: pack-order tokens and their encodings."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece of the batch: its mode, its ids and the encodings of its content (none for text)."""
+
+    mode: str
+    ids: list[int]
+    content: torch.Tensor
+
+
+def _piece(mode: str, start: int, length: int, batch: Mapping[str, torch.Tensor]) -> _Piece:
+    """The piece of `length` tokens from pack-order token `start`."""
+    ids = batch["in/packed_text_ids"][start : start + length].tolist()
+    if mode == "causal":
+        return _Piece(mode, ids, torch.zeros(0))
+    tokens, encodings = VIT_CONTENT if mode == "full" else VAE_CONTENT
+    first = int(torch.searchsorted(batch[tokens], start))
+    return _Piece(mode, ids, batch[encodings][first : first + length - 2])
 
 
 def _plain(
@@ -207,60 +238,81 @@ def _plain(
     raw: Mapping[str, Any],
     media: Mapping[str, torch.Tensor],
     special: Mapping[str, int],
-    splits: list[tuple[int, str]],
-) -> _Rebuilt:
+    pieces: list[_Piece],
+) -> Rebuilt:
     """A sample without the template: plan entries in order, im_start/im_end around text.
 
-    The reference may drop entries after the plan was made; `splits`, the (length, mode) pieces that the batch really
-    has, tell which are left.
+    The reference may drop entries after the plan was made, and may keep the delimiters of a dropped text, alone or
+    around end-of-text ids; `pieces`, what the batch really has, tell which are left.  They are told apart by content,
+    since entries may be equal in size.
     """
     segments: list[Segment] = []
     ids: list[int] = []
     keys: list[str] = []
     labels: list[tuple[int, int]] = []
-    texts, items, left = iter(raw["text_ids_list"]), iter(raw["visual_items"]), list(splits)
+    texts, items, left = iter(raw["text_ids_list"]), iter(raw["visual_items"]), list(pieces)
+    visual_entries = sum(entry["type"] != "text" for entry in raw["sequence_plan"])
+    recorded = (len(raw["text_ids_list"]), len(raw["visual_items"]))
+    if recorded != (len(raw["sequence_plan"]) - visual_entries, visual_entries):
+        raise GoldenError(f"{name}: {recorded} recorded texts and media do not match its sequence plan one to one")
     for entry in raw["sequence_plan"]:
         if entry["type"] == "text":
             body = list(next(texts))
-            if left and left[0] == (2, "causal") and len(body) > 0:
-                body = []  # only the delimiters of a dropped caption remain
-            piece = [special["<|im_start|>"], *body, special["<|im_end|>"]]
-            segment, mode = Segment.text(len(piece)), "causal"
+            dropped = [[], [special["<|endoftext|>"]] * len(body)] if entry["enable_cfg"] else []
+            if not left or left[0].mode != "causal" or left[0].ids[1:-1] not in [body, *dropped]:
+                continue
+            piece = [special["<|im_start|>"], *left.pop(0).ids[1:-1], special["<|im_end|>"]]
+            segments.append(Segment.text(len(piece)))
+            if entry["loss"]:
+                labels.append((len(ids) + 1, len(ids) + len(piece)))
         else:
             key = next(items)["key"]
-            segment = _visual_segment(entry, media[key])
-            content = [special["<|video_pad|>"]] * segment.content_length
-            piece, mode = [special["<|vision_start|>"], *content, special["<|vision_end|>"]], MODES[segment.kind]
-        if not left or left[0] != (segment.length, mode):
-            continue
-        left.pop(0)
-        if mode == "causal" and entry["loss"]:
-            labels.append((len(ids) + 1, len(ids) + len(piece)))
-        if mode != "causal":
+            segment, content = _visual_segment(entry, media[key]), media[key].flatten(end_dim=-2)
+            if not left or left[0].mode != MODES[segment.kind] or not torch.equal(left[0].content, content):
+                continue
+            left.pop(0)
+            pads = [special["<|video_pad|>"]] * segment.content_length
+            piece = [special["<|vision_start|>"], *pads, special["<|vision_end|>"]]
+            segments.append(segment)
             keys.append(key)
-        segments.append(segment)
         ids.extend(piece)
     if left:
-        raise GoldenError(f"{name}: pieces {left} of the batch match no entry of the sequence plan")
-    return _Rebuilt(Sample(name, _task(raw["sample_task"], segments), tuple(segments), tuple(labels)), ids, keys)
+        sizes = [(len(p.ids), p.mode) for p in left]
+        raise GoldenError(f"{name}: pieces {sizes} of the batch match no entry of the sequence plan")
+    return Rebuilt(Sample(name, _task(raw["sample_task"], segments), tuple(segments), tuple(labels)), ids, keys)
 
 
-def _splits_of_samples(raw: Mapping[str, Any]) -> list[list[tuple[int, str]]]:
-    """(length, mode) pieces of each sample of a case."""
-    pieces = list(zip(raw["split_lens"], raw["attn_modes"], strict=True))
-    out, at = [], 0
-    for length in raw["sample_lens"]:
-        own, total = [], 0
-        while total < length and at < len(pieces):
-            own.append(pieces[at])
-            total += pieces[at][0]
-            at += 1
+def _pieces_of_samples(raw: Mapping[str, Any], batch: Mapping[str, torch.Tensor]) -> list[list[_Piece]]:
+    """The pieces of each sample of a case."""
+    lengths = list(zip(raw["split_lens"], raw["attn_modes"], strict=True))
+    out, at, start = [], 0, 0
+    for sample_length in raw["sample_lens"]:
+        own, stop = [], start + sample_length
+        while start < stop and at < len(lengths):
+            length, mode = lengths[at]
+            own.append(_piece(mode, start, length, batch))
+            start, at = start + length, at + 1
         out.append(own)
     return out
 
 
-def _rebuild(raw: Mapping[str, Any], media: Mapping[str, torch.Tensor], special: Mapping[str, int]) -> list[_Rebuilt]:
-    splits = _splits_of_samples(raw)
+def rebuild_samples(
+    raw: Mapping[str, Any],
+    batch: Mapping[str, torch.Tensor],
+    media: Mapping[str, torch.Tensor],
+    special: Mapping[str, int],
+) -> list[Rebuilt]:
+    """All samples of a case by our rules.
+
+    Args:
+        raw: the case's json.
+        batch: its recorded batch.
+        media: raw media by key.
+        special: special token ids by name.
+
+    Raises:
+        GoldenError: if the plan is one the reference defines no result for.
+    """
     rebuilt = []
     for index, sample in enumerate(raw["samples"]):
         name = f"sample {index}"
@@ -270,7 +322,7 @@ def _rebuild(raw: Mapping[str, Any], media: Mapping[str, torch.Tensor], special:
         if templates:
             rebuilt.append(_templated(name, sample, media))
         else:
-            rebuilt.append(_plain(name, sample, media, special, splits[index]))
+            rebuilt.append(_plain(name, sample, media, special, _pieces_of_samples(raw, batch)[index]))
     return rebuilt
 
 
@@ -300,7 +352,7 @@ def load_case(path: Path, config: GoldenConfig) -> GoldenCase:
     raw = json.loads(path.read_text())
     tensors = load_file(path.with_suffix(".safetensors"))
     media = {key: value for key, value in tensors.items() if key.startswith("raw_media/")}
-    rebuilt = _rebuild(raw, media, config.special)
+    rebuilt = rebuild_samples(raw, tensors, media, config.special)
     pack = Pack(tuple(r.sample for r in rebuilt), capacity=sum(raw["sample_lens"]))
     keys = [key for r in rebuilt for key in r.keys]
     kinds = [p.segment.kind for p in pack.placed_segments() if p.segment.is_visual]

@@ -52,9 +52,10 @@ class StepMetrics:
         """The step as one line."""
         note = " SKIPPED (not finite)" if self.skipped else ""
         return (
-            f"step {self.step}/{last_step} loss {self.loss:.5f} ce {self.ce_loss:.4f} velocity {self.velocity_loss:.4f} "
-            f"grad norm {self.grad_norm:.3f} lr {self.learning_rate:.2e} tokens/s {self.tokens_per_second:.0f} "
-            f"fill {self.fill:.1%} step {self.step_seconds:.2f} s (data {self.data_seconds:.2f} s){note}"
+            f"step {self.step}/{last_step} loss {self.loss:.5f} ce {self.ce_loss:.4f} "
+            f"velocity {self.velocity_loss:.4f} grad norm {self.grad_norm:.3f} lr {self.learning_rate:.2e} "
+            f"tokens/s {self.tokens_per_second:.0f} fill {self.fill:.1%} "
+            f"step {self.step_seconds:.2f} s (data {self.data_seconds:.2f} s){note}"
         )
 
 

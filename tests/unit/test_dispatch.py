@@ -196,8 +196,8 @@ def test_a_frame_condition_is_clean_and_without_loss() -> None:
     assert not torch.equal(batch.noisy_latents[held][2:4], visuals.latents[2:4])
 
 
-def test_a_given_x_t_and_t_are_taken_as_they_are() -> None:
-    """The noising path accepts explicit values, t = 1 being pure noise."""
+def test_a_given_t_and_noise_are_taken_as_they_are() -> None:
+    """t = 1 is pure noise."""
     pack = Pack((Sample("s", Task.T2I, (Segment.visual(SegmentKind.NOISE, (1, 1, 3)),)),), 5)
     tokens, visuals, noise = pack_values(pack)
     explicit = replace(noise, timesteps=torch.tensor([1.0, 0.25, 0.0]), noise=torch.full((3, CHANNELS), 8.0))
@@ -205,6 +205,22 @@ def test_a_given_x_t_and_t_are_taken_as_they_are() -> None:
     assert torch.equal(batch.noisy_latents[0], torch.full((CHANNELS,), 8.0))
     assert torch.equal(batch.noisy_latents[1], 0.75 * visuals.latents[1] + 2.0)
     assert torch.equal(batch.noisy_latents[2], visuals.latents[2])
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(1, 1), (2, 2)])
+def test_a_given_x_t_goes_to_its_row_and_nothing_else_changes(cp: int, tp: int) -> None:
+    pack = Pack((Sample("s", Task.T2V, (Segment.text(3), Segment.visual(SegmentKind.NOISE, (2, 2, 3)))),), 20)
+    tokens, visuals, noise = pack_values(pack)
+    x_t = torch.arange(12.0 * CHANNELS).reshape(12, CHANNELS)
+    layout, vae = Layout.build(pack, cp, tp, 2), content_rows(pack, *VAE_KINDS)
+    plain = ranks(pack, layout, (tokens, visuals, noise))
+    given_x_t = ranks(pack, layout, (tokens, visuals, replace(noise, x_t=x_t)))
+    for (cp_rank, tp_rank, before), (*_, after) in zip(plain, given_x_t, strict=True):
+        shard = layout.shard_tokens(Expert.GEN, cp_rank, tp_rank).tolist()
+        want = [x_t[vae[t][0]] if t != PADDING else torch.zeros(CHANNELS) for t in shard]
+        assert torch.equal(after.noisy_latents, torch.stack(want))
+        for name in ("target", "timesteps", "timestep_index", "velocity_weights", "grid"):
+            assert torch.equal(getattr(after, name), getattr(before, name))
 
 
 def test_encodings_that_contradict_the_pack_are_refused() -> None:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": _BELOW_MODEL,
     "sampling": _BELOW_MODEL,
     "profiling": _BELOW_MODEL | {"checkpoint"},
-    "parity": _BELOW_MODEL,
+    "parity": _BELOW_MODEL | {"sampling"},
     "training": _BELOW_MODEL | {"checkpoint", "sampling", "profiling"},
 }
 # External module -> the only files that may import it, relative to the package.

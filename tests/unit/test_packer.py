@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lance.packing.packer import mask_pairs, pack_lengths
+from megatron_lance.packing.packer import deal_packs, mask_pairs, pack_lengths
 from megatron_lance.packing.segment import Segment, SegmentKind
 
 VISUAL = st.tuples(
@@ -54,3 +54,23 @@ def test_fill_is_high_for_mixed_lengths() -> None:
 def test_too_long_sample_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sample 1 of 101 tokens.*data.seq_length"):
         pack_lengths([5, 101], 100)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 5), st.integers(0, 5))
+def test_packs_are_dealt_in_equal_numbers_and_nearly_equal_cost(data: st.DataObject, replicas: int, each: int) -> None:
+    costs = data.draw(st.lists(st.integers(0, 100), min_size=replicas * each, max_size=replicas * each))
+    dealt = deal_packs(costs, replicas)
+    assert sorted(i for packs in dealt for i in packs) == list(range(len(costs)))
+    assert [len(packs) for packs in dealt] == [each] * replicas
+    assert all(packs == sorted(packs) for packs in dealt)
+    assert dealt == deal_packs(costs, replicas)
+    load = [sum(costs[i] for i in packs) for packs in dealt]
+    assert max(load) - min(load) <= max(costs, default=0) - min(costs, default=0)
+
+
+def test_packs_that_cannot_be_dealt_evenly_are_refused() -> None:
+    assert deal_packs([4, 1, 3, 2], 2) == [[0, 1], [2, 3]]
+    for costs, replicas in (([1, 2, 3], 2), ([1], 0)):
+        with pytest.raises(ValueError, match="each must get the same number.*training.global_batch_size"):
+            deal_packs(costs, replicas)

@@ -1,0 +1,89 @@
+"""The memory estimate: parameters exactly those of built models, bytes by their rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lance.config.loader import load_config
+from megatron_lance.config.schema import RunConfig
+from megatron_lance.config.validate import validate
+from megatron_lance.model.lance_model import build_stages
+from megatron_lance.model.transformer_config import transformer_config
+from megatron_lance.profiling.memory import layers_of_stages, memory_per_rank
+from tests.shared import REPOSITORY
+from tests.unit.tiny_model import one_rank
+
+CONFIGS = REPOSITORY / "examples" / "configs"
+LANCE_3B = 6_176_817_200
+"""Trainable parameters of both experts, embeddings, heads and connectors (spec/model.md section 1)."""
+
+
+def configuration(name: str, *overrides: str) -> RunConfig:
+    return load_config([str(CONFIGS / name)], overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.num_layers=2", "model.num_query_groups=1"],
+        ["model.num_query_groups=4", "model.ffn_hidden_size=72", "model.vocab_size=640"],
+        ["model.hidden_size=48", "model.kv_channels=32", "model.mrope_section=[4,6,6]", "model.latent_channels=16"],
+        ["training.precision=bf16", "parallel.recompute_granularity=full"],
+    ],
+)
+def test_parameters_are_those_of_the_built_model(overrides: list[str]) -> None:
+    run = configuration("tiny.yaml", *overrides)
+    validate(run, 1)
+    with one_rank():
+        config = transformer_config(run.model, run.parallel, run.training.precision)
+        stages = build_stages(config, run.model, tokenizer_size=300)
+        count = sum(p.numel() for stage in stages for p in stage.parameters())
+        size = sum(p.numel() * p.element_size() for stage in stages for p in stage.parameters())
+    (memory,) = memory_per_rank(run, 1)
+    assert (memory.parameters, memory.weight_bytes) == (count, size)
+
+
+def test_parameters_of_lance_3b() -> None:
+    (memory,) = memory_per_rank(configuration("lance_3b.yaml"), 1)
+    assert memory.parameters == LANCE_3B
+    assert (memory.weight_bytes, memory.gradient_bytes, memory.optimizer_bytes) == tuple(
+        width * LANCE_3B for width in (2, 4, 12)
+    )
+
+
+def test_pipeline_stages_share_out_all_parameters() -> None:
+    split = configuration(
+        "lance_3b.yaml",
+        "parallel.pipeline_model_parallel_size=4",
+        "parallel.num_layers_in_first_pipeline_stage=6",
+        "parallel.num_layers_in_last_pipeline_stage=8",
+    )
+    assert layers_of_stages(split) == [6, 11, 11, 8]
+    assert sum(memory.parameters for memory in memory_per_rank(split, 4)) == LANCE_3B
+
+
+def test_distributed_optimizer_shards_over_replicas_and_context_ranks() -> None:
+    degrees = ["parallel.context_parallel_size=2"]
+    (sharded,) = memory_per_rank(configuration("lance_3b.yaml", *degrees), 8)
+    assert sharded.optimizer_bytes == 12 * LANCE_3B // 8
+    whole = configuration("lance_3b.yaml", *degrees, "parallel.use_distributed_optimizer=false")
+    assert memory_per_rank(whole, 8)[0].optimizer_bytes == 12 * LANCE_3B
+
+
+def test_activations_shrink_with_recompute_and_degrees() -> None:
+    def activations(*overrides: str, ranks: int = 1) -> int:
+        return memory_per_rank(configuration("lance_3b.yaml", *overrides), ranks)[0].activation_bytes
+
+    kept = activations("parallel.recompute_granularity=null")
+    assert activations() < kept / 5
+    assert activations("parallel.recompute_granularity=null", "parallel.tensor_model_parallel_size=2", ranks=2) < kept
+    assert activations("parallel.recompute_granularity=null", "parallel.context_parallel_size=2", ranks=2) < kept
+    assert activations("data.seq_length=25000") < activations()
+
+
+def test_a_line_names_every_part() -> None:
+    line = memory_per_rank(configuration("lance_3b.yaml"), 1)[0].line()
+    assert line.startswith("pp rank 0: 6,176,817,200 parameters; weights 11.505 GiB, gradients 23.0")
+    for part in ("optimizer", "activations (estimate)", "total"):
+        assert part in line
