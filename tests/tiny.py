@@ -7,7 +7,7 @@ equal.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,15 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from megatron_lance.checkpoint.hf_lance import RandomSource, public_shapes
 from megatron_lance.config.loader import load_config
-from megatron_lance.config.schema import PromptConfig, RunConfig
+from megatron_lance.config.schema import ModelConfig, PromptConfig, RunConfig
 from megatron_lance.data.prepack import prepack
 from tests.shared import REPOSITORY
 
@@ -101,7 +104,7 @@ TASKS = {"text2image": "t2i", "text2video": "t2v", "x2t_image": "i2t"}
 def write_table(path: Path, columns: dict[str, list[str] | list[bytes]]) -> Path:
     """A parquet file of these columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False)
     return path
 
 
@@ -123,6 +126,15 @@ def write_tokenizer(folder: Path, vocab_size: int = 400, special: tuple[str, ...
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_weights(folder: Path, model: ModelConfig, changes: Mapping[str, torch.Tensor | None]) -> Path:
+    """Random weights in the public layout, some tensors replaced or (None) left out; returns the folder."""
+    source = RandomSource(1, model)
+    tensors = {key: source.get(key, shape) for key, shape in public_shapes(model).items()} | dict(changes)
+    folder.mkdir(parents=True)
+    save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
     return folder
 
 

@@ -31,7 +31,7 @@ from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parallel.dispatch import rank_batch
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.parity.compare import Difference, Probe, activations, gradients, structure
-from megatron_lance.parity.golden import GoldenCase, GoldenConfig, GoldenError, case_files, load_case, load_config
+from megatron_lance.parity.golden import GoldenCase, GoldenConfig, case_files, load_case, load_config
 from megatron_lance.parity.sampling import check_sampling, sampling_files
 from megatron_lance.sampling.velocity import ModelVelocity
 from megatron_lance.training.setup import Trainee, build
@@ -60,7 +60,7 @@ def _our_gradients(trainee: Trainee, config: GoldenConfig) -> dict[str, torch.Te
     parameters = global_parameters(trainee.stages)
     own = ((name, parameter.main_grad) for name, parameter in parameters)  # type: ignore[attr-defined]
     group = parallel_state.get_tensor_model_parallel_group()
-    public = {key: grad.clone() for key, grad in gather_public(own, config.model, group)}
+    public = {key: grad.float().cpu() for key, grad in gather_public(own, config.model, group)}
     stages: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(stages, public)
     return {key: grad for stage in stages if stage is not None for key, grad in stage.items()}
@@ -80,7 +80,7 @@ def check_case(case: GoldenCase, config: GoldenConfig, trainee: Trainee, groups:
         cp_rank=groups.cp_rank,
         tp_rank=groups.tp_rank,
     ).to(groups.device, torch.float32)
-    copies = groups.pp if trainee.config.virtual_pipeline_model_parallel_size else 1
+    copies = 2 * groups.pp if trainee.config.virtual_pipeline_model_parallel_size else 1
     counts = LossCounts(copies * case.pack.ce_rows, copies * case.pack.velocity_rows)
     region = layout.region_tokens(Expert.UND, groups.cp_rank)
     ce_tokens = region[batch.ce_rows.cpu().numpy()]
@@ -141,8 +141,8 @@ def main() -> int:
                 differences = check_case(load_case(path, config), config, trainee, groups)
             else:
                 differences = check_sampling(path, config, velocity)
-        except GoldenError as error:  # raised while reading, by all ranks alike
-            differences = [Difference(f"unreadable: {error}", float("inf"), 0.0)]
+        except (ValueError, KeyError) as error:  # raised while reading, by all ranks alike
+            differences = [Difference(f"unreadable: {error!r}", float("inf"), 0.0)]
         failed |= not all(d.ok for d in differences)
         if dist.get_rank() == 0:
             _report(path.stem, differences, arguments.verbose)

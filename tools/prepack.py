@@ -8,6 +8,7 @@ import sys
 
 from megatron_lance.config.errors import run_command
 from megatron_lance.config.loader import load_config
+from megatron_lance.config.validate import validate
 from megatron_lance.data.prepack import prepack
 
 
@@ -21,6 +22,11 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     config = load_config(args.config, args.overrides)
+    parallel = config.parallel
+    one_replica = (
+        parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    validate(config, one_replica)
     index = prepack(config.data, config.model, config.training.seed, args.force, progress=not args.quiet)
     counts = index.counts
     fill = counts["tokens"] / (counts["packs"] * index.capacity)

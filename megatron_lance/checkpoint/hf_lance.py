@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_lance.config.errors import UserError
@@ -30,9 +30,12 @@ Shape = tuple[int, ...]
 IGNORED_KEYS = ("latent_pos_embed.pos_embed", "vit_model.")
 """Keys of public checkpoints that this model rebuilds or holds elsewhere."""
 
+SHOWN = 8
+"""Tensors of a kind that an error names before it only counts them."""
+
 
 class CheckpointError(UserError):
-    """Public weights that do not fit the model; lists every offending tensor."""
+    """Public weights that do not fit the model; names the offending tensors."""
 
 
 class WeightSource(Protocol):
@@ -281,10 +284,9 @@ class FolderSource:
         self.files: dict[str, Path] = {}
         shapes: dict[str, Shape] = {}
         for file in files:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    self.files[key] = file
-                    shapes[key] = tuple(handle.get_slice(key).get_shape())
+            for key, shape in _shapes_in(file).items():
+                self.files[key] = file
+                shapes[key] = shape
         check_shapes(shapes, model, str(folder))
 
     def get(self, key: str, shape: Shape) -> torch.Tensor:
@@ -293,11 +295,20 @@ class FolderSource:
             return handle.get_tensor(key)
 
 
+def _shapes_in(file: Path) -> dict[str, Shape]:
+    """The shape of every tensor of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: is not a readable safetensors file ({error}); copy it again") from error
+
+
 def check_shapes(found: Mapping[str, Shape], model: ModelConfig, where: str) -> None:
     """Compare public keys and shapes with what the model needs.
 
     Raises:
-        CheckpointError: listing missing, unknown and misshapen tensors together.
+        CheckpointError: counting missing, unknown and misshapen tensors together and naming the first of each.
     """
     wanted = public_shapes(model)
     missing = [key for key in wanted if key not in found]
@@ -308,7 +319,7 @@ def check_shapes(found: Mapping[str, Shape], model: ModelConfig, where: str) -> 
         if key in found and found[key] != shape
     ]
     problems = [
-        f"{len(items)} {title}: " + "; ".join(items)
+        f"{len(items)} {title}: " + "; ".join([*items[:SHOWN], *(["..."] if len(items) > SHOWN else [])])
         for title, items in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
         if items
     ]

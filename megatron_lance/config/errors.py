@@ -31,7 +31,9 @@ class NonFiniteError(UserError):
 
 
 def run_command(name: str, body: Callable[[], int]) -> int:
-    """Run a command line; a UserError becomes one line on the first rank's stderr and its exit code.
+    """Run a command line; a UserError becomes one line on stderr and its exit code.
+
+    Before the process group exists all ranks meet the same error and the first one says it; later each says its own.
 
     Args:
         name: of the command, said before the message.
@@ -40,6 +42,9 @@ def run_command(name: str, body: Callable[[], int]) -> int:
     try:
         return body()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            sys.stderr.write(f"{name}: rank {distributed.get_rank()}: error: {error}\n")
+        elif os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"{name}: error: {error}\n")
         return error.exit_code

@@ -63,6 +63,19 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return _plain(config)
 
 
+def from_dict(values: Any, where: str) -> RunConfig:
+    """The inverse of `to_dict`; settings that `values` lack take their defaults.
+
+    Args:
+        values: plain dicts, lists and scalars.
+        where: they come from, for messages.
+
+    Raises:
+        ConfigError: unknown key, wrong type.
+    """
+    return _build(RunConfig, _check(RunConfig, values, where, "", partial=False))
+
+
 def dump_yaml(config: RunConfig) -> str:
     """The configuration as YAML text, every field present; `load_config` of this text gives an equal configuration."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
@@ -135,7 +148,7 @@ def _check(kind: Any, value: Any, where: str, name: str, partial: bool) -> Any:
     """Check a value read from YAML against a type of the schema.
 
     Args:
-        kind: dataclass, tuple[X, ...], X | None or scalar type.
+        kind: dataclass, tuple[X, ...], union of scalar types or of one and None, or scalar type.
         value: what YAML gave.
         where: file or override, for messages.
         name: dotted field, for messages; empty for the whole configuration.
@@ -153,9 +166,10 @@ def _check(kind: Any, value: Any, where: str, name: str, partial: bool) -> Any:
         element = typing.get_args(kind)[0]
         return [_check(element, v, where, f"{name}.{i}", partial=False) for i, v in enumerate(value)]
     if isinstance(kind, types.UnionType):
-        if value is None:
+        kinds = typing.get_args(kind)
+        if value is None and type(None) in kinds:
             return None
-        return _check(next(k for k in typing.get_args(kind) if k is not type(None)), value, where, name, partial)
+        return _check(type(value) if type(value) in kinds else kinds[0], value, where, name, partial)
     if kind is float:
         value = _as_float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
@@ -223,7 +237,8 @@ def _override(tree: Any, override: str) -> Any:
     where = f"override {override!r}"
     if not equals or not field.strip():
         raise ConfigError(f"{where}: must have the form section.field=value; add the missing part")
-    return _assign(RunConfig, tree, field.strip().split("."), 0, _parse(text, where), where)
+    value = _parse(text, where) if text.strip() else ""  # a shell takes the quotes of field='' away
+    return _assign(RunConfig, tree, field.strip().split("."), 0, value, where)
 
 
 def _assign(kind: Any, node: Any, path: list[str], depth: int, value: Any, where: str) -> Any:

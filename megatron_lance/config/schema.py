@@ -165,6 +165,25 @@ class TrainingConfig:
     run_dir: str = "runs/default"  # everything a run writes
     log_interval: int = 1  # steps
     max_nonfinite_steps: int = 3  # steps in a row whose loss or gradients may be not finite before the run ends
+    save_interval: int = 0  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 0  # newest checkpoints that are kept; 0: all
+    resume: str | int = (
+        ""  # empty: start afresh | auto: the latest if there is one | latest | a step | a checkpoint's folder
+    )
+    progress: bool = False  # progress bar instead of log lines
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Pictures drawn during training for TensorBoard."""
+
+    captions: tuple[str, ...] = ()  # what to draw; empty: nothing
+    interval: int = 1000  # steps; also after the last step
+    height: int = 256  # pixels, a multiple of 16
+    width: int = 256  # pixels, a multiple of 16
+    steps: int = 30  # Euler steps
+    shift: float = 3.5  # timestep shift of the sampler
+    scale: float = 4.0  # guidance scale
 
 
 @dataclass(frozen=True)
@@ -178,3 +197,4 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)

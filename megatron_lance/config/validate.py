@@ -34,15 +34,15 @@ _POSITIVE = (
     "model.latent_channels model.latent_position_frames model.latent_position_size "
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size "
     "parallel.recompute_num_layers parallel.region_alignment "
-    "data.seq_length data.vae_resolution data.vit_resolution data.target_fps data.max_seconds_generation "
+    "data.epochs data.seq_length data.target_fps data.max_seconds_generation "
     "data.max_seconds_understanding data.decode_threads "
     "encoders.small_vit_hidden encoders.small_vit_depth encoders.small_vit_heads "
     "objective.timestep_shift optimizer.adam_eps "
-    "training.train_iters training.global_batch_size training.log_interval"
+    "training.train_iters training.global_batch_size training.log_interval training.max_nonfinite_steps"
 ).split()
 _NOT_NEGATIVE = (
     "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
-    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed"
+    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval training.keep_checkpoints"
 ).split()
 _PROBABILITIES = ("data.caption_dropout", "data.condition_dropout")
 
@@ -61,6 +61,7 @@ def validate(config: RunConfig, world_size: int) -> None:
     problems = list(_values(config)) or [
         *_degrees(config, world_size),
         *_layer_split(config),
+        *_recompute(config),
         *_model(config.model),
         *_tensor_split(config.model, config.parallel),
         *_video_length(config.data, config.model),
@@ -98,6 +99,9 @@ def _values(config: RunConfig) -> Iterator[str]:
     for field in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
         if not 0 <= (value := _number(config, field)) < 1:
             yield f"{field} = {value}: must be at least 0 and below 1; the recipes use 0.9 and 0.95"
+    for field, least, cell in (("data.vae_resolution", 32, 16), ("data.vit_resolution", 37, 28)):
+        if (value := _number(config, field)) < least:
+            yield f"{field} = {value}: must be at least {least} for every bucket to hold a {cell}-pixel cell; raise it"
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     if vpp is not None and vpp < 2:
         yield f"parallel.virtual_pipeline_model_parallel_size = {vpp}: must be at least 2; set null for no interleaving"
@@ -170,6 +174,22 @@ def _layer_split(config: RunConfig) -> Iterator[str]:
         yield (
             f"model.num_layers = {layers}: {layers}{uneven} = {middle} layers must split evenly over {stages} pipeline "
             f"stages x vpp {chunks}; change num_layers, the degrees or the layers of the first and last stage"
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[str]:
+    """Recomputed chunks must fill every model chunk."""
+    p, layers = config.parallel, config.model.num_layers
+    if p.recompute_granularity != "full":
+        return
+    ends = [n for n in (p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage) if n is not None]
+    middle_stages = p.pipeline_model_parallel_size - len(ends)
+    stages = [*ends, *([(layers - sum(ends)) // middle_stages] if middle_stages > 0 else [])]
+    chunks = {stage // (p.virtual_pipeline_model_parallel_size or 1) for stage in stages}
+    if any(chunk % p.recompute_num_layers for chunk in chunks):
+        yield (
+            f"parallel.recompute_num_layers = {p.recompute_num_layers}: must divide the layers of every model chunk, "
+            f"{sorted(chunks)}; set a divisor, for example 1"
         )
 
 

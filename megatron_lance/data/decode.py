@@ -23,6 +23,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIInterpType
 from torch.utils.dlpack import from_dlpack
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.data.media import (
     MediaError,
     MediaInfo,
@@ -221,7 +222,8 @@ class MediaDecoder:
         device_id: the GPU that runs the graph and holds the results; None: the CPU.
 
     Raises:
-        ValueError: if decode is unknown, threads is not positive, or mixed has no GPU.
+        ValueError: if decode is unknown or threads is not positive.
+        UserError: if mixed has no GPU.
     """
 
     def __init__(self, decode: str, threads: int, device_id: int | None = None) -> None:
@@ -230,7 +232,7 @@ class MediaDecoder:
         if threads < 1:
             raise ValueError(f"decode_threads {threads}: must be at least 1")
         if decode == "mixed" and (device_id is None or not torch.cuda.is_available()):
-            raise ValueError(f"decode 'mixed' with device_id {device_id}: NVDEC needs a GPU; set decode to host")
+            raise UserError("data.decode = mixed: NVDEC needs a GPU, and there is none here; set data.decode=host")
         self._cut = decode == "mixed"
         self._batch_size = 2 * threads  # a condition is often asked for at its VAE and its ViT size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="media")

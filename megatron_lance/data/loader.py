@@ -39,12 +39,15 @@ class PackReader:
             index: opened.
             tokenizer: of the run.
             seed: the run's seed; None takes the index's.
-            model: bounds of the latent position table; None takes the index's.
+            model: vocabulary rows and bounds of the latent position table; None takes the index's.
 
         Raises:
             PackIndexError: if the index does not match, naming what differs.
             DataSetError: if a source has no files.
+            TokenizerError: if the model has too few vocabulary rows.
         """
+        if model is not None:
+            tokenizer.check_fits(model.vocab_size)
         self._config, self._index, self._tokenizer = config, index, tokenizer
         self._readers = {source.name: RecordReader(source) for source in config.sources}
         files = {name: reader.files for name, reader in self._readers.items()}
@@ -81,7 +84,7 @@ class PackReader:
             ValueError: if an item is not the pack's.
             RecordError, DataSetError: if the bytes cannot be read.
         """
-        known = set(self._index.pack(number).media)
+        known = self._index.pack(number).known_media
         for item in items:
             if item not in known:
                 raise ValueError(f"{item}: is no media item of pack {number}; take items from PackIndex.pack(n).media")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from megatron_lance.data.pack_index_format import (
 from megatron_lance.data.tasks import MediaItem
 from megatron_lance.packing.sample import Pack
 
+RECENT_PACKS = 256
+"""Packs kept as values; a step asks for each of its packs several times."""
+
 
 @dataclass(frozen=True)
 class PlannedPack:
@@ -50,6 +54,11 @@ class PlannedPack:
     rows: tuple[PlannedRow, ...]
     media: tuple[MediaItem, ...]
     mask_pairs: int
+
+    @cached_property
+    def known_media(self) -> frozenset[MediaItem]:
+        """The media items as a set."""
+        return frozenset(self.media)
 
     @property
     def epochs(self) -> tuple[int, ...]:
@@ -114,6 +123,7 @@ class PackIndex:
         self._table = table
         self._starts = np.searchsorted(table["pack"].to_numpy(), np.arange(self.counts["packs"] + 1))
         self._epoch_stride = int(pc.max(table["epoch"]).as_py()) + 1
+        self._recent = lru_cache(maxsize=RECENT_PACKS)(self._read)
 
     @classmethod
     def open(cls, folder: str | Path) -> PackIndex:
@@ -123,9 +133,11 @@ class PackIndex:
             PackIndexError: if there is none, it is damaged, or it has another version.
         """
         folder = Path(folder)
-        again = "run tools/prepack.py" + (" --force" if folder.exists() else "")
+        again = "run tools/prepack.py --force"
         if not (folder / INDEX_FILE).is_file():
-            raise PackIndexError(f"data.pack_index '{folder}': holds no {INDEX_FILE}; {again}")
+            raise PackIndexError(
+                f"data.pack_index '{folder}': holds no {INDEX_FILE}; run tools/prepack.py or name the folder it wrote"
+            )
         try:
             header = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
             version = header["version"]
@@ -185,6 +197,9 @@ class PackIndex:
         """
         if number < 0:
             raise ValueError(f"pack {number}: numbers start at 0; correct the call")
+        return self._recent(number)
+
+    def _read(self, number: int) -> PlannedPack:
         lap, at = divmod(number, len(self))
         start, stop = int(self._starts[at]), int(self._starts[at + 1])
         table = self._table.slice(start, stop - start)

@@ -42,6 +42,11 @@ class UnusableRow:
     cause: str
     draws: int
 
+    def __str__(self) -> str:
+        """Where and why; most causes begin with the place."""
+        place = f"{self.source}/{self.file}"
+        return self.cause if self.cause.startswith(place) else f"{place} row {self.row}: {self.cause}"
+
 
 @dataclass(frozen=True)
 class _Context:
@@ -69,17 +74,13 @@ def prepack(config: DataConfig, model: ModelConfig, seed: int, force: bool = Fal
     Raises:
         ConfigError: if a setting is wrong.
         TokenizerError: if the tokenizer is.
-        DataSetError: if a source is unusable as a whole.
-        PackIndexError: if the index may not be written, or no sample is left for it.
+        DataSetError: if a source is unusable as a whole, or none of the rows can be used.
+        PackIndexError: if the index may not be written.
     """
     check_target(Path(config.pack_index), force)
     _check_settings(config)
     tokenizer = Tokenizer(config.tokenizer)
-    if tokenizer.size > model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size {model.vocab_size}: the tokenizer has {tokenizer.size} tokens; raise it or use another "
-            "data.tokenizer"
-        )
+    tokenizer.check_fits(model.vocab_size)
     context = _Context(config, model, seed, tokenizer)
     readers = [RecordReader(source) for source in config.sources]
     row_starts = [[0, *accumulate(reader.row_count(f.name) for f in reader.files)] for reader in readers]
@@ -94,6 +95,8 @@ def prepack(config: DataConfig, model: ModelConfig, seed: int, force: bool = Fal
     planned, unusable = _plan_rows(context, readers, row_starts, draws, progress)
     rows = [planned[draw] for draw in draws if draw in planned]
     _report(unusable, len(draws), len(rows))
+    if not rows:
+        raise DataSetError(f"data.sources: none of the {len(unusable)} rows can be used; the first: {unusable[0]}")
     groups = pack_lengths([row.sample.length for row in rows], config.seq_length)
     files = {reader.source.name: reader.files for reader in readers}
     shaping = shaping_values(config, files, tokenizer.sha256, seed, model)
@@ -182,7 +185,6 @@ def _probe(reader: RecordReader, record: Record) -> dict[str, MediaInfo]:
 def _report(unusable: Sequence[UnusableRow], n_draws: int, n_samples: int) -> None:
     """Log each unusable row once, then the counts."""
     for row in unusable:
-        where = f"{row.source}/{row.file} row {row.row}"
-        logger.warning("unusable row (%d samples): %s: %s", row.draws, where, row.cause)
+        logger.warning("unusable row (%d samples): %s", row.draws, row)
     if unusable:
         logger.warning("%d rows are unusable: %d of %d samples left out", len(unusable), n_draws - n_samples, n_draws)

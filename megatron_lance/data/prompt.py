@@ -141,6 +141,14 @@ class Tokenizer:
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.sha256 = hashlib.sha256(content).hexdigest()
 
+    def check_fits(self, vocab_size: int) -> None:
+        """Raise TokenizerError unless every token has a row among the model's `vocab_size`."""
+        if self.size > vocab_size:
+            raise TokenizerError(
+                f"model.vocab_size {vocab_size}: the tokenizer has {self.size} tokens; raise it or use another "
+                "data.tokenizer"
+            )
+
     def encode(self, pieces: Iterable[Piece]) -> EncodedPrompt:
         """Tokenise a prompt.
 

@@ -30,7 +30,7 @@ class DataSetError(DataError):
     """A data set that cannot be used: no files, an unreadable file, missing columns."""
 
 
-class RecordError(ValueError):
+class RecordError(DataError):
     """A row that cannot become a sample; prepack reports it and goes on."""
 
 
@@ -173,7 +173,12 @@ class RecordReader:
         self._columns = _Lru(cache_bytes)
 
     def row_count(self, file: str) -> int:
-        """Rows of a file."""
+        """Rows of a file.
+
+        Raises:
+            DataSetError: if the file cannot be read, or its columns are not those of the task.
+        """
+        self._is_interleaved(file)
         return int(self._parquet(file).metadata.num_rows)
 
     def record(self, file: str, row: int) -> Record:
@@ -221,7 +226,7 @@ class RecordReader:
                     f"{where}: holds {type(value).__name__}, not bytes; set raw_bytes_input: false for paths and URLs"
                 )
             return value
-        return self._read_reference(file, value.decode() if isinstance(value, bytes) else str(value), where)
+        return self._read_reference(file, _as_reference(value, where), where)
 
     def _read_reference(self, file: str, reference: str, where: str) -> bytes:
         """Bytes behind a path or URL; a relative path starts at the parquet's folder."""
@@ -231,7 +236,7 @@ class RecordReader:
                     return bytes(stream.read())
             path = posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
             return bytes(self._fs.cat_file(path))
-        except OSError as error:
+        except (OSError, ValueError, ImportError) as error:  # as in _list_files
             raise RecordError(f"{where}: '{reference}' cannot be read ({error}); check the path") from error
 
     def _interleaved_record(self, file: str, row: int) -> Record:
@@ -256,12 +261,19 @@ class RecordReader:
         """Whether the file has the interleave columns rather than the task's own.
 
         Raises:
-            DataSetError: if it has neither.
+            DataSetError: if it has neither, or interleave columns that are no lists.
         """
-        names = set(self._parquet(file).schema_arrow.names)
+        schema = self._parquet(file).schema_arrow
+        names = set(schema.names)
         if self._schema is not None and names.issuperset(self._schema.columns):
             return False
         if names.issuperset(INTERLEAVE):
+            kinds = [schema.field(name).type for name in INTERLEAVE]
+            if not all(map(_is_list, kinds)):
+                raise DataSetError(
+                    f"{self._by_name[file].path}: {' and '.join(INTERLEAVE)} have types {kinds[0]} and {kinds[1]}; "
+                    "both must be lists: write the file again"
+                )
             return True
         expected = [self._schema.columns] if self._schema is not None else []
         raise DataSetError(
@@ -316,6 +328,20 @@ def _unreadable(path: str, error: Exception) -> DataSetError:
     return DataSetError(f"{path}: is not a readable parquet file ({error}); write it again or leave it out")
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _as_reference(value: Any, where: str) -> str:
+    """A path or URL, given as text or its bytes."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"{where}: holds bytes that are no path or URL; set raw_bytes_input: true for media"
+        ) from error
+
+
 def _as_text(value: Any, where: str) -> str:
     """Text of a cell; empty for null.
 
@@ -338,16 +364,13 @@ def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
     """(file system, parquet files) of a source's file, folder or glob."""
     if not source.path:
         raise DataSetError(f"data.sources {source.name}: path is empty; give a file, folder or glob")
-    fs, root = fsspec.core.url_to_fs(source.path)
-    if "*" in root or "?" in root or "[" in root:
-        found = fs.glob(root, detail=True)
-        folder = root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
-    elif fs.isdir(root):
-        found = {path: info for path, info in fs.find(root, detail=True).items() if path.endswith(".parquet")}
-        folder = root.rstrip("/")
-    else:
-        found = {root: fs.info(root)} if fs.isfile(root) else {}
-        folder = root.rpartition("/")[0]
+    try:
+        fs, found, folder = _find(source.path)
+    except (OSError, ValueError, ImportError) as error:  # no rights, unknown protocol, protocol without its package
+        raise DataSetError(
+            f"data.sources {source.name}: path '{source.path}' cannot be listed ({error}); correct the path or install "
+            "what its protocol needs"
+        ) from error
     files = tuple(
         SourceFile(path.removeprefix(folder).lstrip("/"), path, int(info["size"]))
         for path, info in sorted(found.items())
@@ -355,6 +378,21 @@ def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
     )
     if not files:
         raise DataSetError(
-            f"data.sources {source.name}: path '{source.path}' holds no parquet file; give a file, folder or glob"
+            f"data.sources {source.name}: path '{source.path}' names no parquet file; give a file, folder or glob"
         )
     return fs, files
+
+
+def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
+    """(file system, what a path names with its details, the folder that names are relative to)."""
+    fs, root = fsspec.core.url_to_fs(path)
+    if "*" in root or "?" in root or "[" in root:
+        found = fs.glob(root, detail=True)
+        folder = root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
+    elif fs.isdir(root):
+        found = {name: info for name, info in fs.find(root, detail=True).items() if name.endswith(".parquet")}
+        folder = root.rstrip("/")
+    else:
+        found = {root: fs.info(root)} if fs.isfile(root) else {}
+        folder = root.rpartition("/")[0]
+    return fs, found, folder

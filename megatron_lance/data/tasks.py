@@ -305,12 +305,15 @@ def _frames(info: MediaInfo, task: Task, config: DataConfig, where: str) -> tupl
 
 
 def _check_grid(record: Record, segment: Segment, model: ModelConfig) -> None:
-    """Raise RecordError where a latent lies outside the position table (spec/model.md section 5)."""
+    """Raise RecordError where a latent lies outside the position table (spec/model.md section 5).
+
+    Cell (i, j, k) reads row i*M*M + j*M + k, so a side may be longer than M as long as the last row exists.
+    """
     if segment.kind is SegmentKind.VIT or segment.grid is None:
         return
     t, h, w = segment.grid
-    if t > model.latent_position_frames or max(h, w) > model.latent_position_size:
-        side = model.latent_position_size
+    side = model.latent_position_size
+    if (t - 1) * side * side + (h - 1) * side + w > model.latent_position_frames * side * side:
         raise RecordError(
             f"{record.sample_id}: latent grid {segment.grid} exceeds the position table of "
             f"{model.latent_position_frames} x {side} x {side}; lower data.vae_resolution or "

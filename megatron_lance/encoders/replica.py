@@ -2,8 +2,8 @@
 
 Station: pack -> decode -> encoders -> [encodings on every rank of the replica] -> noising.  Every rank knows all items
 from the pack index, takes its share by pixels, and gathers everyone's results once, before the schedule starts.  An
-item that cannot be decoded is named where it was met; its zeros and its flag travel with the others, so all ranks
-agree.
+item that cannot be decoded is named once, by the rank that met it first; its zeros and its flag travel with the others,
+so all ranks agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from megatron_lance.data.decode import MediaDecoder
 from megatron_lance.data.loader import PackReader
-from megatron_lance.data.media import MediaError
 from megatron_lance.data.pack_index import PlannedPack
 from megatron_lance.data.records import DataSetError, RecordError
 from megatron_lance.data.tasks import MediaItem
@@ -28,6 +27,10 @@ from megatron_lance.packing.rng import stream
 from megatron_lance.packing.segment import SegmentKind
 
 logger = logging.getLogger(__name__)
+
+
+ItemKey = tuple[str, str, int, str]
+"""Source, file, row, element."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class _Job:
     def pixels(self) -> int:
         """The cost by which jobs are shared out."""
         return len(self.item.frames) * self.item.size[0] * self.item.size[1]
+
+    @property
+    def key(self) -> ItemKey:
+        """Where the bytes are; jobs of several packs or encoders may share them."""
+        return self.item.source, self.item.file, self.item.row, self.item.element
 
     @property
     def size(self) -> int:
@@ -65,7 +73,7 @@ class ReplicaEncoder:
     """Turns planned packs into encodings, with all ranks of a replica.
 
     Attributes:
-        broken: cause of every item that this rank could not decode, by (source, file, row, element).
+        broken: cause of every item that this rank has named, by (source, file, row, element).
 
     Args:
         decoder: of this rank.
@@ -91,7 +99,8 @@ class ReplicaEncoder:
         self.decoder, self.vit, self.vae, self.group = decoder, vit, vae, group
         self.widths = {"vit": hidden_size, "vae": latent_channels}
         self.seed = seed
-        self.broken: dict[tuple[str, str, int, str], str] = {}
+        self.broken: dict[ItemKey, str] = {}
+        self._named_elsewhere: set[ItemKey] = set()
 
     def _jobs(self, pack: PlannedPack) -> list[_Job]:
         segments = (p.segment for p in pack.pack.placed_segments() if p.segment.is_visual)
@@ -100,30 +109,28 @@ class ReplicaEncoder:
             for item, segment in zip(pack.media, segments, strict=True)
         ]
 
-    def _name(self, job: _Job, cause: Exception) -> None:
-        """Report a broken item, once."""
-        item = job.item
-        key = (item.source, item.file, item.row, item.element)
-        if key not in self.broken:
-            self.broken[key] = str(cause)
-            logger.warning("broken media: source %s, file %s, row %d, %s: %s; its sample carries no loss", *key, cause)
+    def _name(self, key: ItemKey, cause: str | None) -> None:
+        """Take note of a broken item; report it if it is new and `cause` says that this rank met it."""
+        if key in self.broken or key in self._named_elsewhere:
+            return
+        if cause is None:
+            self._named_elsewhere.add(key)
+            return
+        self.broken[key] = cause
+        logger.warning("broken media: source %s, file %s, row %d, %s: %s; its sample carries no loss", *key, cause)
 
-    def _pixels(self, jobs: Sequence[_Job], reader: PackReader) -> list[torch.Tensor | None]:
-        """Decoded pixels [3, T, H, W] of each job; None where it is broken."""
+    def _pixels(self, jobs: Sequence[_Job], reader: PackReader) -> list[torch.Tensor | ValueError]:
+        """Decoded pixels [3, T, H, W] of each job, or why there are none."""
+        results: dict[int, torch.Tensor | ValueError] = {}
         requests, places = [], []
         for place, job in enumerate(jobs):
             try:
                 requests += reader.requests(job.pack.number, [job.item])
                 places.append(place)
             except (RecordError, DataSetError) as error:
-                self._name(job, error)
-        pixels: list[torch.Tensor | None] = [None] * len(jobs)
-        for place, result in zip(places, self.decoder(requests), strict=True):
-            if isinstance(result, MediaError):
-                self._name(jobs[place], result)
-            else:
-                pixels[place] = result
-        return pixels
+                results[place] = error
+        results |= dict(zip(places, self.decoder(requests), strict=True))
+        return [results[place] for place in range(len(jobs))]
 
     def _encode(self, job: _Job, pixels: torch.Tensor) -> torch.Tensor:
         """Encoding [rows, width] of one item, float32."""
@@ -134,12 +141,17 @@ class ReplicaEncoder:
         latents = self.vae.encode(pixels, stream(self.seed, "posterior", *address))
         return latents.reshape(-1, latents.shape[-1]).float()
 
-    def _own_buffer(self, jobs: Sequence[_Job], reader: PackReader, size: int) -> torch.Tensor:
-        """Flags and encodings of this rank's jobs, one after another; float32 [size]."""
+    def _own_buffer(
+        self, jobs: Sequence[_Job], reader: PackReader, size: int
+    ) -> tuple[torch.Tensor, dict[ItemKey, str]]:
+        """Flags and encodings of this rank's jobs, one after another, float32 [size]; causes of its broken ones."""
         buffer = torch.zeros(size)
+        causes: dict[ItemKey, str] = {}
         at = 0
         for job, pixels in zip(jobs, self._pixels(jobs, reader), strict=True):
-            if pixels is not None:
+            if isinstance(pixels, ValueError):
+                causes[job.key] = str(pixels)
+            else:
                 encoding = self._encode(job, pixels)
                 if encoding.shape != (job.rows, job.width):
                     raise RuntimeError(
@@ -148,7 +160,7 @@ class ReplicaEncoder:
                 buffer[at] = 1.0
                 buffer[at + 1 : at + job.size] = encoding.reshape(-1).cpu()
             at += job.size
-        return buffer
+        return buffer, causes
 
     def encode(self, packs: Sequence[PlannedPack], reader: PackReader) -> list[PackVisuals]:
         """Encodings of all packs, on every rank of the replica; a collective of the replica.
@@ -165,14 +177,17 @@ class ReplicaEncoder:
         owner = share_out([job.pixels for job in jobs], ranks)
         totals = [sum(job.size for job, r in zip(jobs, owner, strict=True) if r == rank) for rank in range(ranks)]
         own = [job for job, r in zip(jobs, owner, strict=True) if r == own_rank]
-        buffer = self._own_buffer(own, reader, max(totals, default=0))
+        buffer, causes = self._own_buffer(own, reader, max(totals, default=0))
         buffers = _gather(buffer, self.group)
         cursors = [0] * ranks
         results = []
         for job, rank in zip(jobs, owner, strict=True):
             values = buffers[rank][cursors[rank] : cursors[rank] + job.size]
             cursors[rank] += job.size
-            results.append((bool(values[0]), values[1:].reshape(job.rows, job.width)))
+            valid = bool(values[0])
+            results.append((valid, values[1:].reshape(job.rows, job.width)))
+            if not valid:
+                self._name(job.key, causes[job.key] if rank == own_rank else None)
         found = iter(results)
         return [self._visuals(pack, [next(found) for _ in pack.media]) for pack in packs]
 

@@ -22,7 +22,7 @@ from einops import rearrange
 from scipy.fft import dct
 
 from megatron_lance.config.schema import EncoderConfig
-from megatron_lance.encoders.weights import construct, draw_parameters, load_parameters, read_json
+from megatron_lance.encoders.weights import EncoderError, construct, draw_parameters, load_parameters, read_json
 
 SPATIAL, TEMPORAL = 16, 4
 """Pixels per latent cell along height and along width; frames per latent frame after the first."""
@@ -81,21 +81,21 @@ def build_vae(config: EncoderConfig, latent_channels: int, seed: int) -> VideoAu
         seed: names the random weights; unused with a path and by the codec.
 
     Raises:
-        FileNotFoundError: if the folder lacks config.json or weights.
-        ValueError: if the kind or posterior is unknown, or settings, weights and channels do not fit together.
+        EncoderError: if the folder lacks config.json or weights, the kind or posterior is unknown, or settings, weights
+            and channels do not fit together.
     """
     if config.posterior not in ("mean", "sample"):
-        raise ValueError(f"encoders.posterior '{config.posterior}': unknown; use mean or sample")
+        raise EncoderError(f"encoders.posterior '{config.posterior}': unknown; use mean or sample")
     if config.vae == "wan":
         return WanAutoencoder.build(config, latent_channels, seed)
     if config.vae == "block_transform":
         if config.vae_path or config.posterior != "mean":
-            raise ValueError(
+            raise EncoderError(
                 f"encoders.vae_path '{config.vae_path}', encoders.posterior '{config.posterior}': block_transform has "
                 "no weights and no posterior; leave the path empty and the posterior at mean"
             )
         return BlockTransformCodec(latent_channels)
-    raise ValueError(f"encoders.vae '{config.vae}': unknown; use wan or block_transform")
+    raise EncoderError(f"encoders.vae '{config.vae}': unknown; use wan or block_transform")
 
 
 class WanAutoencoder(torch.nn.Module):
@@ -204,14 +204,14 @@ class BlockTransformCodec(torch.nn.Module):
         """Build the bases for `latent_channels` (1 to 768) channels.
 
         Raises:
-            ValueError: if the first frame has fewer coefficients than that, or the number is not positive.
+            EncoderError: if the first frame has fewer coefficients than that, or the number is not positive.
         """
         super().__init__()
         available = 3 * SPATIAL**2
         if not 1 <= latent_channels <= available:
-            raise ValueError(
-                f"latent_channels {latent_channels}: block_transform keeps 1 to {available}, the coefficients of a "
-                "first-frame block; choose fewer"
+            raise EncoderError(
+                f"model.latent_channels {latent_channels}: block_transform keeps 1 to {available}, the coefficients of "
+                "a first-frame block; choose fewer"
             )
         self.latent_channels = latent_channels
         frame = self._lowest(1, latent_channels)
@@ -312,5 +312,5 @@ def _read_wan(folder: Path, latent_channels: int) -> dict[str, Any]:
         expected[f"length of {key}"], found[f"length of {key}"] = latent_channels, len(content.get(key, ()))
     wrong = [f"{key} {found[key]}, expected {value}" for key, value in expected.items() if found[key] != value]
     if wrong:
-        raise ValueError(f"{folder / 'config.json'}: {'; '.join(wrong)}: use a Wan2.2 VAE with model.latent_channels")
+        raise EncoderError(f"{folder / 'config.json'}: {'; '.join(wrong)}: use a Wan2.2 VAE with model.latent_channels")
     return content

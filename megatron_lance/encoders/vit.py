@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from megatron_lance.config.schema import EncoderConfig
-from megatron_lance.encoders.weights import construct, draw_parameters, load_parameters, read_json
+from megatron_lance.encoders.weights import EncoderError, construct, draw_parameters, load_parameters, read_json
 
 PREFIXES = ("visual.", "model.visual.", "vit_model.")
 """Where whole-model checkpoints keep the ViT; a bare ViT has none."""
@@ -59,7 +59,7 @@ class VitEncoder(torch.nn.Module):
         super().__init__()
         config = vision.config
         if not isinstance(config.patch_size, int) or not isinstance(config.temporal_patch_size, int):
-            raise ValueError(
+            raise EncoderError(
                 f"ViT patch_size {config.patch_size}, temporal_patch_size {config.temporal_patch_size}: must be "
                 "integers; square patches only"
             )
@@ -78,13 +78,12 @@ class VitEncoder(torch.nn.Module):
             seed: names the random weights; unused with a path.
 
         Raises:
-            FileNotFoundError: if the folder lacks config.json or weights.
-            ValueError: if widths, heads or weights do not fit.
+            EncoderError: if the folder lacks config.json or weights, or widths, heads or weights do not fit.
         """
         folder = Path(config.vit_path) if config.vit_path else None
         vision_config = _small_config(config, hidden_size) if folder is None else _read_config(folder)
         if vision_config.out_hidden_size != hidden_size:
-            raise ValueError(
+            raise EncoderError(
                 f"ViT out_hidden_size {vision_config.out_hidden_size} ({folder}): must equal model.hidden_size "
                 f"{hidden_size}, for its output enters the model as it is; use the ViT made for this size"
             )
@@ -138,7 +137,7 @@ def _check_clip(number: int, clip: torch.Tensor, multiple: int) -> None:
 def _small_config(config: EncoderConfig, hidden_size: int) -> Qwen2_5_VLVisionConfig:
     """A small ViT: windowed attention in all blocks but the last, which sees the whole frame."""
     if config.small_vit_hidden % (4 * config.small_vit_heads):
-        raise ValueError(
+        raise EncoderError(
             f"encoders.small_vit_hidden {config.small_vit_hidden}: must be a multiple of 4 * small_vit_heads "
             f"({4 * config.small_vit_heads}), for rotary angles of height and width; change one of them"
         )

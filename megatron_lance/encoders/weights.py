@@ -13,13 +13,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.packing.rng import stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+SHOWN = 8
+"""Tensors that an error names before it only counts them."""
+
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+
+class EncoderError(UserError):
+    """The folder or the settings of an encoder are not usable."""
 
 
 def construct(factory: Callable[[], ModuleT], dtype: str) -> ModuleT:
@@ -32,10 +40,10 @@ def construct(factory: Callable[[], ModuleT], dtype: str) -> ModuleT:
         dtype: float32 | bfloat16.
 
     Raises:
-        ValueError: if `dtype` is unknown.
+        EncoderError: if `dtype` is unknown.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"encoders.dtype '{dtype}': unknown; use one of {', '.join(DTYPES)}")
+        raise EncoderError(f"encoders.dtype '{dtype}': unknown; use one of {', '.join(DTYPES)}")
     with torch.random.fork_rng(devices=[]):
         module = factory()
     for parameter in module.parameters():
@@ -72,13 +80,28 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in `folder`/`name`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        EncoderError: if there is no such file, or it is not JSON.
     """
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; an encoder's folder holds {name} and safetensors files")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raise EncoderError(
+            f"{path}: not found; an encoder's folder holds {name} and safetensors files: correct encoders.vit_path or "
+            "encoders.vae_path"
+        )
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EncoderError(f"{path}: is not JSON ({error}); copy it again") from error
     return content
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+    except SafetensorError as error:
+        raise EncoderError(f"{path}: is not a readable safetensors file ({error}); copy it again") from error
 
 
 @torch.no_grad()
@@ -92,23 +115,21 @@ def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[st
             to other modules.
 
     Raises:
-        FileNotFoundError: if the folder has no safetensors file.
-        ValueError: naming every missing, unknown, repeated or misshapen tensor at once.
+        EncoderError: if the folder has no safetensors file or an unreadable one; or naming the missing, unknown,
+            repeated and misshapen tensors at once.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{folder}: no *.safetensors file; give a folder with the encoder's weights")
+        raise EncoderError(f"{folder}: no *.safetensors file; give a folder with the encoder's weights")
     wanted = dict(module.named_parameters())
     found: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     problems: list[str] = []
     for path in files:
-        with safe_open(path, framework="pt") as handle:
-            for key in handle.keys():
-                if key in found:
-                    problems.append(f"{key}: in {found[key].name} and in {path.name}")
-                found[key] = path
-                shapes[key] = tuple(handle.get_slice(key).get_shape())
+        own = _shapes(path)
+        problems += [f"{key}: in {found[key].name} and in {path.name}" for key in own if key in found]
+        found |= dict.fromkeys(own, path)
+        shapes |= own
     names = _strip_prefix(found, prefixes, folder)
     problems += [f"{name}: missing" for name in wanted if name not in names]
     problems += [f"{key}: unknown" for name, key in names.items() if name not in wanted]
@@ -116,7 +137,9 @@ def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[st
         if name in wanted and shapes[key] != tuple(wanted[name].shape):
             problems.append(f"{key}: shape {shapes[key]}, expected {tuple(wanted[name].shape)}")
     if problems:
-        raise ValueError(f"{folder}: weights do not fit the configuration beside them: " + "; ".join(problems))
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        listed = "; ".join([*problems[:SHOWN], *more])
+        raise EncoderError(f"{folder}: weights do not fit the configuration beside them: {listed}")
     by_key = {key: name for name, key in names.items()}
     for path in files:
         with safe_open(path, framework="pt") as handle:
@@ -129,6 +152,6 @@ def _strip_prefix(found: Mapping[str, Path], prefixes: Sequence[str], folder: Pa
     """Name in the module -> name in the folder, for the one prefix in use or for all names when none is."""
     used = [prefix for prefix in prefixes if any(key.startswith(prefix) for key in found)]
     if len(used) > 1:
-        raise ValueError(f"{folder}: names with {' and '.join(used)}: cannot choose; keep one copy of the encoder")
+        raise EncoderError(f"{folder}: names with {' and '.join(used)}: cannot choose; keep one copy of the encoder")
     prefix = used[0] if used else ""
     return {key.removeprefix(prefix): key for key in found if key.startswith(prefix)}

@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from megatron_lance.config.schema import ModelConfig
+from megatron_lance.model.layer_specs import device
 from megatron_lance.parallel.dispatch import RankBatch
 
 TIME_FREQUENCIES = 128
@@ -32,8 +33,7 @@ def shard_replicated(linear: nn.Linear, config: TransformerConfig) -> nn.Linear:
 
 def replicated_linear(inputs: int, outputs: int, config: TransformerConfig) -> nn.Linear:
     """A small linear with bias that every tp rank holds whole and applies to its own rows."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return shard_replicated(nn.Linear(inputs, outputs, dtype=config.params_dtype, device=device), config)
+    return shard_replicated(nn.Linear(inputs, outputs, dtype=config.params_dtype, device=device()), config)
 
 
 def sincos_axis(count: int, dim: int) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Embedder(MegatronModule):
         self.latent_position = LatentPosition(
             model.latent_position_frames, model.latent_position_size, model.hidden_size
         )
-        self.latent_position.to(self.vae2llm.weight.device)
+        self.latent_position.to(device())
 
     def _und(self, batch: RankBatch) -> torch.Tensor:
         """Understanding rows of this shard: [u, h]."""

@@ -12,13 +12,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from torch import nn
 
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.embedder import Embedder
 from megatron_lance.model.heads import HeadOutputs, Heads
 from megatron_lance.model.joint_attention import PackContext
-from megatron_lance.model.layer_specs import block_submodules
-from megatron_lance.ops.mape import inverse_frequencies, rotary_angles
+from megatron_lance.model.layer_specs import block_submodules, device
+from megatron_lance.ops.mape import frequency_axes, inverse_frequencies, rotary_angles
 from megatron_lance.parallel.dispatch import RankBatch
 
 
@@ -61,7 +62,9 @@ class LanceModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.heads = Heads(config, model, tokenizer_size, groups) if post_process else None
-        self.inv_freq = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype)
+        frequencies = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype)
+        self.inv_freq = nn.Buffer(frequencies.to(device()), persistent=False)
+        self.frequency_axes = nn.Buffer(frequency_axes(model.mrope_section).to(device()), persistent=False)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor) -> None:
         """Take the previous stage's output, as megatron-core's schedules hand it over."""
@@ -70,9 +73,7 @@ class LanceModel(MegatronModule):
 
     def pack_context(self, batch: RankBatch) -> PackContext:
         """What the layers need to know of the batch; angles are computed here once for all layers."""
-        cos, sin = rotary_angles(
-            batch.positions, self.inv_freq.to(batch.positions.device), self.model_config.mrope_section
-        )
+        cos, sin = rotary_angles(batch.positions, self.inv_freq, self.frequency_axes)
         return PackContext(
             region_rows=batch.region_rows,
             shard_rows=batch.shard_rows,

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=_device()))
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device()))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,8 @@ class NoCoreAttention(nn.Module):
         super().__init__()
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where this process keeps its parameters: its GPU, or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 

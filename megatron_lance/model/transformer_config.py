@@ -33,6 +33,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         precision: a key of DTYPES.
     """
     dtype = DTYPES[precision]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -69,6 +70,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         output_layer_init_method=_filled_later,
         embedding_init_method=_filled_later,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
+        # With two stages the neighbours on both sides are one rank, and batched sends of the interleaved schedule would
+        # be matched to the wrong receives; sent one by one they are ordered.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # gloo reads a sent tensor's storage after the send returns, so it must not be freed early
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

@@ -11,42 +11,66 @@ Shapes: lq queries, l tokens of the pack, hq query heads, hkv key/value heads, d
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention.bias import causal_lower_right
 
-from megatron_lance.packing.attention_plan import AttentionPlan
+from megatron_lance.packing.attention_plan import AttentionPlan, Range
 
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, groups: int) -> torch.Tensor:
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: int,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
     """One rectangle: q [lq, hq, d], k and v [lk, hkv, d], mask bool [lq, lk] or None -> [lq, hq, d]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=groups > 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
     return out.squeeze(0).transpose(0, 1)
 
 
-def _gather(x: torch.Tensor, ranges: tuple[tuple[int, int], ...], dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the ranges, cast; each slice's gradient is added to x in x's own (float32) precision."""
-    parts = [x[start:stop] for start, stop in ranges]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+class _Pieces:
+    """A tensor cut once at every edge of a plan's key ranges.
+
+    Slices share pieces; cutting once keeps backward linear in the tokens, where indexing would add a whole-pack
+    gradient per slice.  Gradients of a piece are added in the tensor's own (float32) precision, in slice order.
+    """
+
+    def __init__(self, x: torch.Tensor, plan: AttentionPlan) -> None:
+        edges = {0, plan.length, *(edge for piece in plan.slices for key_range in piece.keys for edge in key_range)}
+        self.edges = sorted(edges)
+        sizes = [stop - start for start, stop in pairwise(self.edges)]
+        self.parts = x.split(sizes)
+
+    def take(self, ranges: tuple[Range, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the ranges, one after another, cast."""
+        parts: list[torch.Tensor] = []
+        for start, stop in ranges:
+            parts += self.parts[bisect_left(self.edges, start) : bisect_left(self.edges, stop)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    if not plan.slices:  # keys and values stay in the graph: their gradients are reduced over all ranks
+        return q + 0.0 * (k.sum() + v.sum()).to(q.dtype)
     groups = q.shape[1] // k.shape[1]
-    outputs, at = [], 0
-    for piece in plan.slices:
+    keys, values = _Pieces(k, plan), _Pieces(v, plan)
+    outputs = []
+    for piece, queries in zip(plan.slices, q.split([s.num_queries for s in plan.slices]), strict=True):
         n_q, n_k = piece.num_queries, piece.num_keys
-        mask = None
-        if piece.causal:
-            mask = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device).tril(n_k - n_q)
-        keys, values = (_gather(x, piece.keys, q.dtype) for x in (k, v))
-        outputs.append(_attend(q[at : at + n_q], keys, values, mask, groups))
-        at += n_q
-    if not outputs:  # keys and values stay in the graph: their gradients are collectives that other ranks wait for
-        return q + k.sum() + v.sum()
+        square = n_q == n_k
+        mask = causal_lower_right(n_q, n_k) if piece.causal and not square else None
+        k_slice, v_slice = keys.take(piece.keys, q.dtype), values.take(piece.keys, q.dtype)
+        outputs.append(_attend(queries, k_slice, v_slice, groups, mask, causal=piece.causal and square))
     return torch.cat(outputs)
 
 
@@ -54,7 +78,7 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPla
     full = torch.from_numpy(plan.dense()).to(q.device)
     rows = [torch.arange(*piece.query, device=q.device) for piece in plan.slices]
     mask = full[torch.cat(rows)] if rows else full[:0]
-    return _attend(q, k.to(q.dtype), v.to(q.dtype), mask, q.shape[1] // k.shape[1])
+    return _attend(q, k.to(q.dtype), v.to(q.dtype), q.shape[1] // k.shape[1], mask)
 
 
 BACKENDS: dict[str, Backend] = {"sdpa": _sdpa, "dense": _dense}

@@ -8,6 +8,7 @@ for text and fully for visual segments.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -132,11 +133,13 @@ class AttentionPlan:
     def restrict(self, queries: Iterable[Range]) -> AttentionPlan:
         """The plan for a subset of the queries, given as ascending disjoint pack-order ranges."""
         kept: list[AttentionSlice] = []
+        stops = [piece.query[1] for piece in self.slices]
         for start, stop in queries:
-            for piece in self.slices:
-                low, high = max(start, piece.query[0]), min(stop, piece.query[1])
-                if low < high:
-                    kept.append(piece.restrict(low, high))
+            at = bisect_right(stops, start)
+            while at < len(self.slices) and self.slices[at].query[0] < stop:
+                piece = self.slices[at]
+                kept.append(piece.restrict(max(start, piece.query[0]), min(stop, piece.query[1])))
+                at += 1
         return AttentionPlan(self.length, tuple(kept))
 
     def dense(self) -> npt.NDArray[np.bool_]:
@@ -153,9 +156,30 @@ class AttentionPlan:
     def picture(self, width: int = 64) -> str:
         """The mask as text: one character per cell of tokens, '#' all allowed, '+' some, '.' none."""
         cells = min(width, self.length)
-        edges = np.linspace(0, self.length, cells + 1).astype(int)
-        rows_sum = np.add.reduceat(self.dense().astype(np.int64), edges[:-1], axis=0)
-        counts = np.add.reduceat(rows_sum, edges[:-1], axis=1)
+        edges = np.linspace(0, self.length, cells + 1).astype(np.int64)
+        counts = sum((_cell_counts(piece, edges) for piece in self.slices), np.zeros((cells, cells), np.int64))
         area = np.outer(np.diff(edges), np.diff(edges))
         symbols = np.where(counts == 0, ".", np.where(counts == area, "#", "+"))
         return "\n".join("".join(row) for row in symbols)
+
+
+def _cell_counts(piece: AttentionSlice, edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Allowed pairs of a slice in every cell of a grid of tokens: int64 [cells, cells].
+
+    A query that sees the first m of the gathered keys sees, before column edge c, min(m, keys before c) of them; its
+    sum over a run of queries is a difference of prefix sums over m.
+    """
+    before = np.stack([np.clip(edges, start, stop) - start for start, stop in piece.keys]).sum(0)  # keys before an edge
+    first, last = (np.clip(edges[i:][: len(edges) - 1], *piece.query) - piece.query[0] for i in (0, 1))
+    if not piece.causal:
+        return np.outer(last - first, np.diff(before))
+    offset = piece.num_keys - piece.num_queries
+
+    def seen_by_first(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sum over the first `rows` queries of min(offset + i + 1, before), [cells, edges]."""
+        growing = np.clip(before[None, :] - offset, 0, rows[:, None])  # queries that do not yet see all keys before
+        return growing * offset + growing * (growing + 1) // 2 + (rows[:, None] - growing) * before[None, :]
+
+    small = before < offset  # edges whose keys every query sees
+    sums = [np.where(small[None, :], rows[:, None] * before[None, :], seen_by_first(rows)) for rows in (first, last)]
+    return np.diff(sums[1] - sums[0], axis=1)

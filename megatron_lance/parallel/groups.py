@@ -88,6 +88,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10.
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             os.environ.setdefault(name, value)
         if not on_cpu:
+            if parallel.tensor_model_parallel_size > 1:  # communication kernels keep their place among the others
+                os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("gloo" if on_cpu else "nccl", timeout=timedelta(minutes=timeout_minutes))
     tp, cp, pp = (

@@ -221,10 +221,16 @@ def _worst(values: Iterable[tuple[float, str]]) -> tuple[float, str]:
 def gradients(case: GoldenCase, ours: Mapping[str, torch.Tensor]) -> list[Difference]:
     """Gradients by public key where the case has them whole, else their norms; the worst of all parameters.
 
+    A norm below a thousandth of the largest is compared on the scale of that thousandth: it is a sum of cancelling
+    terms (a key bias shifts all scores of a query alike, so its gradient is rounding).
+
     Args:
         case: the golden case.
         ours: gradients of all parameters by public key.
     """
+    absent = sorted(set(case.gradients or case.gradient_norms) - set(ours))
+    if absent:
+        return [Difference(f"gradients: no parameter {', '.join(absent)}", float("inf"), RELATIVE)]
     if case.gradients:
         worst = _worst((relative(ours[key], grad), key) for key, grad in case.gradients.items())
         return [Difference(f"gradients of {len(case.gradients)} tensors (worst {worst[1]})", worst[0], RELATIVE)]

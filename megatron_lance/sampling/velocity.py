@@ -83,11 +83,12 @@ class ModelVelocity:
         """The heads' outputs on the last stage, None elsewhere."""
         for stage in self.stages:
             stage.eval()
+        copies = self.groups.pp if len(self.stages) > 1 else 1  # the interleaved schedule needs one batch per stage
         stored = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=[iter([batch]) for _ in self.stages],
+            data_iterator=[iter([batch] * copies) for _ in self.stages],
             model=self.stages,
-            num_microbatches=1,
+            num_microbatches=copies,
             seq_length=layout.rows * self.groups.cp,
             micro_batch_size=1,
             forward_only=True,

@@ -1,6 +1,6 @@
 """The training loop.
 
-Station: feed -> forward and backward -> optimizer -> metrics, step by step.
+Station: feed -> forward and backward -> optimizer -> metrics and checkpoints, step by step.
 """
 
 from __future__ import annotations
@@ -8,13 +8,18 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from megatron_lance.config.errors import NonFiniteError
-from megatron_lance.config.schema import RunConfig
+from megatron_lance.config.schema import RunConfig, TrainingConfig
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.feed import Feed, StepInputs
 from megatron_lance.training.metrics import MetricsWriter, StepMetrics
@@ -75,37 +80,85 @@ def run_step(step: int, run: RunConfig, trainee: Trainee, feed: Feed, groups: Gr
     return metrics, inputs
 
 
-def train(run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups) -> list[StepMetrics]:
-    """Run all steps.
+def _check_finite(metrics: StepMetrics, inputs: StepInputs, bad_in_a_row: int, limit: int) -> None:
+    """Warn of a step that was left out; raise NonFiniteError after `limit` in a row."""
+    if metrics.skipped:
+        logger.warning("step %d: loss or gradients are not finite in packs %s", metrics.step, inputs.packs)
+    if metrics.skipped and bad_in_a_row >= limit:
+        raise NonFiniteError(
+            f"step {metrics.step}: {bad_in_a_row} steps in a row were not finite, the last with packs "
+            f"{inputs.packs}; lower optimizer.lr or inspect them with tools/inspect_pack.py"
+        )
+
+
+class Reporter:
+    """Says how a run goes: to its folder, and by log lines or a progress bar.
+
+    Args:
+        settings: of the run.
+        steps_done: before this process.
+        enabled: False on all ranks but the first.
+    """
+
+    def __init__(self, settings: TrainingConfig, steps_done: int, enabled: bool) -> None:
+        self.settings, self.steps_done, self.enabled = settings, steps_done, enabled
+        self.bar_wanted = enabled and settings.progress
+
+    def __enter__(self) -> Reporter:
+        with ExitStack() as stack:
+            writer = MetricsWriter(Path(self.settings.run_dir), self.enabled, self.steps_done)
+            self.writer = stack.enter_context(writer)
+            steps, done = self.settings.train_iters, self.steps_done
+            bar = tqdm(desc="train", unit="step", total=steps, initial=done, disable=not self.bar_wanted)
+            self.bar = stack.enter_context(bar)
+            if self.bar_wanted:
+                stack.enter_context(logging_redirect_tqdm())
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Report one step."""
+        self.writer.write(metrics)
+        self.bar.set_postfix(loss=f"{metrics.loss:.4f}", tokens_per_s=f"{metrics.tokens_per_second:.0f}", refresh=False)
+        self.bar.update()
+        due = metrics.step % self.settings.log_interval == 0 and not self.bar_wanted
+        if self.enabled and (due or metrics.skipped):
+            logger.info(metrics.line(self.settings.train_iters))
+
+
+def train(
+    run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups, save: Callable[[int], object], steps_done: int = 0
+) -> list[StepMetrics]:
+    """Run all steps that are left.
 
     Args:
         run: the whole configuration.
         trainee: model, optimizer, scheduler.
         feed: inputs by step number.
         groups: degrees and ranks.
+        save: writes a checkpoint, given the steps done; a collective of the world.
+        steps_done: by the process before this one.
 
     Returns:
-        the metrics of all steps.
+        the metrics of the steps of this process.
 
     Raises:
         NonFiniteError: after `training.max_nonfinite_steps` in a row; names the packs.
     """
-    first_rank, settings = dist.get_rank() == 0, run.training
+    settings = run.training
     history: list[StepMetrics] = []
     bad_in_a_row = 0
-    with MetricsWriter(Path(settings.run_dir), first_rank) as writer:
-        for step in range(settings.train_iters):
+    with Reporter(settings, steps_done, dist.get_rank() == 0) as reporter:
+        for step in range(steps_done, settings.train_iters):
             metrics, inputs = run_step(step, run, trainee, feed, groups)
             history.append(metrics)
-            writer.write(metrics)
-            if first_rank and (metrics.step % settings.log_interval == 0 or metrics.skipped):
-                logger.info(metrics.line(settings.train_iters))
+            reporter.step(metrics)
             bad_in_a_row = bad_in_a_row + 1 if metrics.skipped else 0
-            if metrics.skipped:
-                logger.warning("step %d: loss or gradients are not finite in packs %s", metrics.step, inputs.packs)
-            if bad_in_a_row >= settings.max_nonfinite_steps:
-                raise NonFiniteError(
-                    f"step {metrics.step}: {bad_in_a_row} steps in a row were not finite, the last with packs "
-                    f"{inputs.packs}; lower optimizer.lr or inspect them with tools/inspect_pack.py"
-                )
+            _check_finite(metrics, inputs, bad_in_a_row, settings.max_nonfinite_steps)
+            due = settings.save_interval > 0 and metrics.step % settings.save_interval == 0
+            if due or metrics.step == settings.train_iters:
+                save(metrics.step)
     return history

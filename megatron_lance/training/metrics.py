@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,19 +60,37 @@ class StepMetrics:
         )
 
 
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to `step`; a line torn by a kill is dropped too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: dropped an incomplete line", path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
 class MetricsWriter:
-    """Writes metrics of a run into its folder.
+    """Writes metrics of a run into its folder, behind those of the steps before it.
 
     Args:
         run_dir: of the run.
         enabled: False on all ranks but the first.
+        steps_done: what an earlier process wrote of later steps is dropped, so that no step stands twice.
     """
 
-    def __init__(self, run_dir: Path, enabled: bool) -> None:
+    def __init__(self, run_dir: Path, enabled: bool, steps_done: int = 0) -> None:
         self.enabled = enabled
         if enabled:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+            _drop_after(run_dir / "metrics.jsonl", steps_done)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_done + 1)
             self.lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
 
     def __enter__(self) -> MetricsWriter:
@@ -89,7 +108,8 @@ class MetricsWriter:
         if not self.enabled:
             return
         values = asdict(metrics)
-        self.lines.write(json.dumps(values) + "\n")
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self.lines.write(json.dumps(finite) + "\n")
         self.lines.flush()
         for name, value in values.items():
             if name != "step":

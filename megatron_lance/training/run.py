@@ -10,6 +10,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_lance.checkpoint import store
+from megatron_lance.checkpoint.manifest import (
+    Checkpoint,
+    DataIdentity,
+    changed_settings,
+    check_resumable,
+    find_checkpoint,
+)
+from megatron_lance.checkpoint.store import PendingWeights, TrainingState
 from megatron_lance.config.loader import ConfigError, dump_yaml
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.pack_index import PackIndex
@@ -17,9 +26,11 @@ from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.layout import Layout
 from megatron_lance.parallel import groups as parallel_groups
+from megatron_lance.parallel.groups import Groups
 from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.training.feed import Feed
 from megatron_lance.training.loop import train
+from megatron_lance.training.metrics import StepMetrics
 from megatron_lance.training.setup import build, weight_source
 
 logger = logging.getLogger(__name__)
@@ -60,24 +71,73 @@ def describe(run: RunConfig, world_size: int) -> str:
     )
 
 
+def _open(run: RunConfig) -> tuple[Tokenizer, DataIdentity, Checkpoint | None]:
+    """Open what a run reads from disk and check it; needs no process group.
+
+    Returns:
+        (tokenizer, what the data position refers to, the checkpoint to go on from).
+    """
+    check_settings(run)
+    tokenizer = Tokenizer(run.data.tokenizer)
+    data = DataIdentity(tokenizer.sha256, PackIndex.open(run.data.pack_index).hash)
+    checkpoint = find_checkpoint(run.training)
+    if checkpoint is not None:
+        check_resumable(checkpoint, run, data)
+    return tokenizer, data, checkpoint
+
+
+def _announce(run: RunConfig, groups: Groups, feed: Feed, checkpoint: Checkpoint | None) -> None:
+    """Write the resolved configuration and say what starts; on the first rank."""
+    if dist.get_rank() != 0:
+        return
+    run_dir = Path(run.training.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
+    degrees = f"tp {groups.tp} x cp {groups.cp} x pp {groups.pp} x dp {groups.dp}"
+    logger.info("%s on %s, %d packs in the index, run folder %s", degrees, groups.device, len(feed.index), run_dir)
+    if checkpoint is None:
+        return
+    done = checkpoint.manifest.step
+    logger.info("going on from %s after step %d", checkpoint.folder, done)
+    for change in changed_settings(checkpoint, run):
+        logger.info("changed since then: %s", change)
+    if done >= run.training.train_iters:
+        logger.warning("nothing to train: training.train_iters %d are done; raise it", run.training.train_iters)
+
+
+def train_run(run: RunConfig) -> list[StepMetrics]:
+    """Train, and leave the process groups as they are.
+
+    Returns:
+        the metrics of the steps of this process.
+
+    Raises:
+        UserError: if the run cannot start or cannot go on.
+    """
+    tokenizer, data, checkpoint = _open(run)
+    source = weight_source(run) if checkpoint is None else PendingWeights()
+    groups = parallel_groups.initialize(run.parallel, run.training.seed)
+    feed = Feed(run, groups, tokenizer)
+    trainee = build(run, groups, tokenizer.size, source)
+    state = TrainingState(trainee.chunks, trainee.optimizer, trainee.scheduler)
+    _announce(run, groups, feed, checkpoint)
+    steps_done = 0
+    if checkpoint is not None:
+        store.load(checkpoint, state)
+        feed.encoder.broken.update(checkpoint.manifest.broken_media)
+        steps_done = checkpoint.manifest.step
+
+    def save(step: int) -> Path:
+        return store.save(run, step, state, data, feed.encoder.broken)
+
+    return train(run, trainee, feed, groups, save, steps_done)
+
+
 def start(run: RunConfig) -> None:
     """Train.  What can be checked without a process group is checked before one exists.
 
     Raises:
         UserError: if the run cannot start or cannot go on.
     """
-    check_settings(run)
-    tokenizer = Tokenizer(run.data.tokenizer)
-    source = weight_source(run)
-    packs = len(PackIndex.open(run.data.pack_index))
-    groups = parallel_groups.initialize(run.parallel, run.training.seed)
-    feed = Feed(run, groups, tokenizer)
-    trainee = build(run, groups, tokenizer.size, source)
-    if dist.get_rank() == 0:
-        run_dir = Path(run.training.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
-        degrees = f"tp {groups.tp} x cp {groups.cp} x pp {groups.pp} x dp {groups.dp}"
-        logger.info("%s on %s, %d packs in the index, run folder %s", degrees, groups.device, packs, run_dir)
-    train(run, trainee, feed, groups)
+    train_run(run)
     parallel_groups.destroy()

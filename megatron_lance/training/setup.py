@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +63,10 @@ def _wrap(
 
 
 def _connect_schedule(config: TransformerConfig, parallel: ParallelConfig, chunks: Sequence[Any]) -> None:
-    """Tell megatron-core's schedules when gradients are reduced and parameters gathered."""
+    """Tell megatron-core's schedules how gradients are finalised and when their reduction may start.
+
+    Overlapped parameter gathers need nothing here: each bucket is awaited in the forward hook of its module.
+    """
     config.finalize_model_grads_func = _finalize
     if parallel.overlap_grad_reduce:
         waits = [chunk.no_sync for chunk in chunks]
@@ -134,7 +136,4 @@ def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSou
     _connect_schedule(config, run.parallel, chunks)
     optimizer = _optimizer(run, config, list(chunks))
     config.grad_scale_func = optimizer.scale_loss
-    if run.parallel.overlap_param_gather:
-        gathers = [partial(chunk.start_param_sync) for chunk in chunks]
-        config.param_sync_func = gathers[0] if len(gathers) == 1 else gathers
     return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer))

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from megatron_lance.config.errors import run_command
+from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import dump_yaml, load_config
 from megatron_lance.config.validate import validate
 
@@ -26,6 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML file; later ones win")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print layout, memory and the first pack and stop")
+    parser.add_argument("--world-size", type=int, metavar="N", help="ranks to describe; default: those of this launch")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.train_iters=20")
     return parser.parse_intermixed_args(arguments)
 
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parse_arguments(arguments)
     first_rank, world_size = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    if options.world_size is not None:
+        if not (options.print_config or options.dry_run):
+            raise UserError("--world-size: describes a run; add --dry-run or --print-config, or start that many ranks")
+        world_size = options.world_size
     set_up_logging(first_rank)
     config = load_config(options.config, options.overrides)
     validate(config, world_size)
@@ -52,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_lance.training import run  # heavy: only once the configuration stands
 
     if options.dry_run:
-        text = run.describe(config, world_size)
-        sys.stdout.write(text + "\n" if first_rank else "")
+        if first_rank:
+            sys.stdout.write(run.describe(config, world_size) + "\n")
         return 0
     run.start(config)
     return 0

@@ -1,6 +1,6 @@
 """Build the model of several layouts on these ranks and write down what each rank holds.
 
-    torchrun --nproc-per-node N run_memory.py OUT CONFIG "override override" "override" ...
+Arguments: the file to write, a configuration, then one text of overrides per layout.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.validate import validate
 from megatron_lance.profiling.memory import memory_per_rank
-from tests.distributed.ranks import succeed
+from tests.distributed.launch import torchrun
 from tests.shared import REPOSITORY
 
 TP, PP, CP = (f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
@@ -34,7 +34,7 @@ def test_estimated_parameters_are_those_of_every_rank(tmp_path: Path) -> None:
     config = REPOSITORY / "examples" / "configs" / "tiny.yaml"
     out = tmp_path / "counts.json"
     script = REPOSITORY / "tests" / "distributed" / "run_memory.py"
-    succeed(4, str(script), str(out), str(config), *(" ".join(layout) for layout in LAYOUTS))
+    torchrun(4, str(script), str(out), str(config), *(" ".join(layout) for layout in LAYOUTS))
     for layout, found in zip(LAYOUTS, json.loads(out.read_text(encoding="utf-8")), strict=True):
         run = load_config([str(config)], layout)
         validate(run, 4)

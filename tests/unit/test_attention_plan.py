@@ -13,7 +13,7 @@ from megatron_lance.packing.sample import Pack, Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
 from tests.strategies import packs
 
-PROPERTY = settings(max_examples=60, deadline=None)
+PROPERTY = settings(max_examples=40, deadline=None)
 
 
 def mask_by_rule(pack: Pack) -> npt.NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from megatron_lance.packing.segment import Segment, SegmentKind
 from tests.strategies import pack_values, packs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(packs())
 def test_a_label_is_predicted_by_the_row_before_it(pack: Pack) -> None:
     rows, labels = label_rows(pack)

@@ -67,8 +67,9 @@ def test_the_worst_gradient_is_named() -> None:
 
 
 def test_a_missing_row_is_not_ok() -> None:
-    case = case_of(expected={"out/packed_sequence_in": torch.ones(2, 3)})
-    full = {0: torch.ones(3), 1: torch.ones(3)}
-    for rows, ok in ((full, True), ({0: torch.ones(3)}, False), ({}, False)):
+    """Not even where zeros are expected."""
+    case = case_of(expected={"out/packed_sequence_in": torch.tensor([[1.0, 1.0], [0.0, 0.0]])})
+    full = {0: torch.ones(2), 1: torch.zeros(2)}
+    for rows, ok in ((full, True), ({0: torch.ones(2)}, False), ({}, False)):
         (difference,) = activations(case, {"input sequence": rows}, layers=0)
         assert difference.quantity == "input sequence" and difference.ok is ok

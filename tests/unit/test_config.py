@@ -127,6 +127,10 @@ def test_overrides_reach_list_elements(tmp_path: Path) -> None:
     assert config.data.seq_length == 8192
 
 
+def test_an_override_without_a_value_is_empty_text() -> None:
+    assert load_config([], ["training.init_from=weights", "training.init_from="]).training.init_from == ""
+
+
 def test_override_of_a_section_merges() -> None:
     config = load_config([], ["training={seed: 5, train_iters: 9}", "data.prompts.editing='a = b'"])
     assert (config.training.seed, config.training.train_iters, config.training.precision) == (5, 9, "bf16")
@@ -166,7 +170,7 @@ def test_unknown_key_anywhere(tmp_path: Path, text: str) -> None:
         ("parallel.overlap_grad_reduce", "1", "1: must be a boolean"),
         ("parallel.overlap_grad_reduce", "'true'", "'true': must be a boolean"),
         ("training.run_dir", "12", "12: must be text; put it in quotes"),
-        ("training.run_dir", "", "None: must be text; put it in quotes, and write '' for empty"),
+        ("training.run_dir", "null", "None: must be text; put it in quotes, and write '' for empty"),
         ("training.run_dir", "2026-01-01", "must be text"),
         ("training.run_dir", "2026-13-01", "not valid YAML"),
         ("parallel.recompute_granularity", "[full]", "['full']: must be text"),

@@ -29,16 +29,18 @@ def ranks(pack: Pack, layout: Layout, values: Values) -> Iterator[tuple[int, int
     """(cp rank, tp rank, batch) of every rank."""
     for cp_rank in range(layout.cp):
         for tp_rank in range(layout.tp):
-            places = {"cp_rank": cp_rank, "tp_rank": tp_rank}
-            yield cp_rank, tp_rank, rank_batch(pack, layout, *values, mape=Mape.RELEASE, mape_step=1000, **places)
+            batch = rank_batch(
+                pack, layout, *values, mape=Mape.RELEASE, mape_step=1000, cp_rank=cp_rank, tp_rank=tp_rank
+            )
+            yield cp_rank, tp_rank, batch
 
 
 def content_rows(pack: Pack, *kinds: SegmentKind) -> dict[int, tuple[int, Segment, tuple[int, int, int]]]:
     """Token -> (its row among the contents of the kinds, its segment, its cell)."""
-    out = {}
+    out: dict[int, tuple[int, Segment, tuple[int, int, int]]] = {}
     for placed in pack.visual_segments(*kinds):
-        for offset, cell in enumerate(np.ndindex(placed.segment.grid or ())):
-            out[placed.start + 1 + offset] = (len(out), placed.segment, cell)
+        for offset, (t, h, w) in enumerate(np.ndindex(placed.segment.grid or (0, 0, 0))):
+            out[placed.start + 1 + offset] = (len(out), placed.segment, (t, h, w))
     return out
 
 
@@ -197,7 +199,7 @@ def test_a_frame_condition_is_clean_and_without_loss() -> None:
 
 
 def test_a_given_t_and_noise_are_taken_as_they_are() -> None:
-    """t = 1 is pure noise."""
+    """At t = 1 the rows are pure noise."""
     pack = Pack((Sample("s", Task.T2I, (Segment.visual(SegmentKind.NOISE, (1, 1, 3)),)),), 5)
     tokens, visuals, noise = pack_values(pack)
     explicit = replace(noise, timesteps=torch.tensor([1.0, 0.25, 0.0]), noise=torch.full((3, CHANNELS), 8.0))

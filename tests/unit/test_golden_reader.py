@@ -51,7 +51,6 @@ class Writer:
     def block(self, kind: str, grid: tuple[int, int, int], key: str) -> None:
         t, h, w = grid
         width = HIDDEN if kind == "vit" else CHANNELS
-        which = "vit" if kind == "vit" else "vae"
         # every item has values of its own, so that a wrong choice shows
         value = torch.full((t * h * w, width), float(len(self.media) + 1)) + torch.arange(t * h * w)[:, None] / 64
         self.media[key] = value if kind == "vit" else value.reshape(t, h, w, width)

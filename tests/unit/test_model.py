@@ -79,6 +79,10 @@ def hidden_states(model: LanceModel, batch: RankBatch) -> list[torch.Tensor]:
     return kept
 
 
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
 # ---- whose classes
 
 
@@ -147,14 +151,14 @@ def second_implementations(file: str, tree: ast.Module) -> list[str]:
         "rms_norm": {"model/layer_specs.py"},
     }
     banned = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer", "RowParallelLinear", "Conv1d")
-    for name, node in calls(tree):
+    for name, call in calls(tree):
         last = name.rsplit(".", 1)[-1]
         if last in banned or (last in allowed and file not in allowed[last]):
-            found.append(f"{file}:{node.lineno} {name}")
+            found.append(f"{file}:{call.lineno} {name}")
         if name in ("F.linear", "torch.nn.functional.linear", "torch.addmm") or (
             file.startswith("model/") and last in ("matmul", "einsum", "bmm", "softmax")
         ):
-            found.append(f"{file}:{node.lineno} {name}")
+            found.append(f"{file}:{call.lineno} {name}")
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             bases = {ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases}
@@ -334,6 +338,19 @@ def test_every_layer_meets_in_joint_attention(model: LanceModel) -> None:
     assert torch.equal(before["ce"][3:], other["ce"][3:])
 
 
+def test_only_position_differences_matter(model: LanceModel) -> None:
+    """Queries and keys are rotated alike: a common offset changes nothing, another order of positions does."""
+    pack = mixed_pack()
+    _, batch = batch_of(pack, values_of(pack))
+    with torch.no_grad():
+        plain, moved, swapped = (
+            model(replace(batch, positions=positions)).velocity
+            for positions in (batch.positions, batch.positions + 40, batch.positions.flip(0))
+        )
+    torch.testing.assert_close(moved, plain, rtol=1e-3, atol=1e-4)
+    assert relative(swapped, plain) > 1e-2
+
+
 # ---- heads
 
 
@@ -357,10 +374,6 @@ def test_rows_of_the_lm_head_beyond_the_tokenizer_get_no_gradient(model: LanceMo
 
 
 # ---- precision, recompute, backends
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 def test_bf16_is_near_float32() -> None:
@@ -395,7 +408,7 @@ def test_full_recompute_runs_the_layers_twice() -> None:
     pack = mixed_pack()
     _, batch = batch_of(pack, values_of(pack))
     for mode, runs in ((None, 1), ("full", 2)):
-        model, seen = build(recompute=mode), []
+        model, seen = build(recompute=mode), list[int]()
         model.decoder.layers[1].register_forward_hook(lambda _m, _i, _o, seen=seen: seen.append(1))
         forward_backward(model, pack, batch)
         assert len(seen) == runs

@@ -59,7 +59,7 @@ def test_shift_of_the_goldens() -> None:
     assert float(shift_timestep(torch.tensor(0.5), 4.0)) == pytest.approx(0.8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(packs())
 def test_loss_rows_are_the_noisy_rows_that_are_no_frame_conditions(pack: Pack) -> None:
     want = []

@@ -21,7 +21,7 @@ from megatron_lance.data.mixture import Draw, MixtureSource, mix
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.pack_index_format import INDEX_FILE, PackIndexError, shaping_values
 from megatron_lance.data.prepack import prepack
-from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.data.prompt import Tokenizer, TokenizerError
 from megatron_lance.data.records import DataSetError, RecordReader
 from megatron_lance.packing.packer import mask_pairs
 from tests.shared import REPOSITORY, shared_path
@@ -133,7 +133,7 @@ def test_sample_longer_than_a_pack_is_reported(config: DataConfig, tmp_path: Pat
     lines = [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
     assert any("exceed data.seq_length 600" in line["cause"] for line in lines)
     assert max(index.pack(n).pack.length for n in range(len(index))) <= 600
-    with pytest.raises(PackIndexError, match="no usable sample"):
+    with pytest.raises(DataSetError, match="none of the [0-9]+ rows .* exceed data.seq_length 10"):
         prepack(replace(config, seq_length=10, pack_index=str(tmp_path / "none")), MODEL, SEED, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
@@ -166,7 +166,7 @@ def test_wrong_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
     ):
         with pytest.raises(error, match=message):
             prepack(wrong, MODEL, SEED, progress=False)
-    with pytest.raises(ConfigError, match="model.vocab_size 100: the tokenizer has 498 tokens"):
+    with pytest.raises(TokenizerError, match="model.vocab_size 100: the tokenizer has 498 tokens"):
         prepack(config, replace(MODEL, vocab_size=100), SEED, progress=False)
 
 
@@ -223,8 +223,8 @@ def test_command_lines(config: DataConfig, tmp_path: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "6 samples" in made.stdout and PackIndex.open(folder).hash in made.stdout
     again = run_tool("prepack", "--config", str(tmp_path / "run.yaml"), f"data.pack_index={folder}", "--quiet")
-    assert again.returncode == 1 and "give --force" in again.stderr and "Traceback" not in again.stderr
+    assert again.returncode == 2 and "give --force" in again.stderr and "Traceback" not in again.stderr
     shown = run_tool("inspect_pack", folder, "--pack", "0", "1")
     assert shown.returncode == 0, shown.stderr
     assert "pack 0:" in shown.stdout and "pack 1:" in shown.stdout and "noise" in shown.stdout
-    assert run_tool("inspect_pack", str(tmp_path)).returncode == 1
+    assert run_tool("inspect_pack", str(tmp_path)).returncode == 2

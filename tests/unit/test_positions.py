@@ -16,7 +16,7 @@ from megatron_lance.parity.golden import load_case, load_config
 from tests.shared import shared_path
 from tests.strategies import packs, samples, visual_segments
 
-PROPERTY = settings(max_examples=60, deadline=None)
+PROPERTY = settings(max_examples=40, deadline=None)
 STEP = 1000
 CASES = ("case1_t2i", "case2_t2v", "case3_i2t", "case4_edit", "case6_packed", "case8_ff2v", "case15_i2t_caption")
 

@@ -127,7 +127,7 @@ def test_errors_name_file_rule_and_remedy(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataSetError, match=r"broken.parquet: is not a readable parquet file"):
         reader(tmp_path / "broken.parquet", "t2i").row_count("broken.parquet")
-    with pytest.raises(DataSetError, match="holds no parquet file; give a file, folder or glob"):
+    with pytest.raises(DataSetError, match="names no parquet file; give a file, folder or glob"):
         reader(tmp_path / "nothing", "t2i")
     with pytest.raises(DataSetError, match="path is empty"):
         reader("", "t2i")

@@ -232,12 +232,12 @@ def test_records_that_do_not_fit_the_task(record: Record, task: Task, message: s
 def test_wrong_kind_short_clip_and_large_grid_are_refused(tokenizer: Tokenizer) -> None:
     record = Record("s", "f", 0, "", ("A car.",), Media("video", "v"))
     source = SourceConfig("s", "", Task.I2V)
-    config, model = DataConfig(vae_resolution=256), ModelConfig(latent_position_size=8)
+    config, model = DataConfig(vae_resolution=256), ModelConfig(latent_position_frames=4, latent_position_size=8)
     one_frame = MediaInfo("video", 640, 480, 2, 24.0)
     for info, bounds, message in (
         (IMAGE, ModelConfig(), "holds image where the row says video"),
         (one_frame, ModelConfig(), "none is left beside the frame conditions"),
-        (CLIP, model, "exceeds the position table of 31 x 8 x 8"),
+        (CLIP, model, "exceeds the position table of 4 x 8 x 8"),
     ):
         with pytest.raises(RecordError, match=message):
             plan_sample(record, source, config, bounds, tokenizer, {"v": info}, Dropout())

@@ -15,6 +15,7 @@ from PIL import Image
 
 from megatron_lance.config.schema import EncoderConfig
 from megatron_lance.encoders.vae import WAN22_CONFIG, BlockTransformCodec, WanAutoencoder, build_vae
+from megatron_lance.encoders.weights import EncoderError
 from megatron_lance.packing.rng import stream
 from tests.shared import shared_path
 
@@ -142,7 +143,7 @@ def test_wan_folder_round_trips_exactly(wan: WanAutoencoder, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="z_dim 8, expected 48; .*length of latents_mean 8, expected 48"):
         build_vae(config, 48, seed=0)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(EncoderError, match="config.json"):
         build_vae(config, CHANNELS, seed=0)
 
 

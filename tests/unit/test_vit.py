@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from megatron_lance.config.schema import EncoderConfig
 from megatron_lance.encoders.vit import VitEncoder, patchify
+from megatron_lance.encoders.weights import EncoderError
 
 HIDDEN = 48
 
@@ -158,7 +159,7 @@ def test_one_error_lists_all_tensors_that_do_not_fit(encoder: VitEncoder, tmp_pa
 
 def test_folder_errors(encoder: VitEncoder, tmp_path: Path) -> None:
     config = EncoderConfig(vit_path=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(EncoderError, match="config.json"):
         VitEncoder.build(config, HIDDEN, seed=0)
     save(encoder, tmp_path, "visual.", lambda tensors: tensors.update({"vit_model.x": torch.ones(1)}))
     with pytest.raises(ValueError, match="visual. and vit_model."):
@@ -169,7 +170,7 @@ def test_folder_errors(encoder: VitEncoder, tmp_path: Path) -> None:
         VitEncoder.build(config, HIDDEN, seed=0)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="safetensors"):
+    with pytest.raises(EncoderError, match="safetensors"):
         VitEncoder.build(config, HIDDEN, seed=0)
     with pytest.raises(ValueError, match="out_hidden_size 48.*model.hidden_size 64"):
         VitEncoder.build(config, 64, seed=0)

@@ -94,8 +94,7 @@ def values_of(pack: Pack, seed: int = 0) -> Values:
 
 def batch_of(pack: Pack, values: Values, alignment: int = 4) -> tuple[Layout, RankBatch]:
     layout = Layout.build(pack, 1, 1, alignment)
-    places = {"cp_rank": 0, "tp_rank": 0}
-    return layout, rank_batch(pack, layout, *values, mape=Mape.RELEASE, mape_step=1000, **places)
+    return layout, rank_batch(pack, layout, *values, mape=Mape.RELEASE, mape_step=1000, cp_rank=0, tp_rank=0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,299 @@
+"""What a checkpoint says of itself, and which one a run goes on from.
+
+Station: run folder and configuration -> [manifest] -> store.  A checkpoint is a folder with megatron-core's files and a
+manifest, checkpoint.json, written last: a folder without one, or whose files differ in size from what it says, was
+never finished or was damaged.
+
+    <run_dir>/checkpoints/step_00000020/checkpoint.json, ...
+    <run_dir>/checkpoints/latest                              names the newest: step_00000020
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_lance.checkpoint.files import write_text
+from megatron_lance.config.errors import UserError
+from megatron_lance.config.loader import to_dict
+from megatron_lance.config.schema import RunConfig, TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+MANIFEST_FILE = "checkpoint.json"
+LATEST_FILE = "latest"
+
+# What must not change between a checkpoint and the run that goes on from it, by section; "model" is all of it.
+_COMPUTED_ALIKE = ("attention_backend",)
+_SAME_TRAINING = ("seed", "global_batch_size", "precision")
+_SAME_OPTIMIZER_LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "use_distributed_optimizer",
+    "overlap_grad_reduce",  # decides how parameters are grouped into buckets
+)
+_OF_THE_RUN = ("training.run_dir", "training.resume", "training.progress", "training.init_from")
+
+BrokenMedia = Mapping[tuple[str, str, int, str], str]
+"""Cause of each picture or clip that could not be used, by (source, file, row, element)."""
+
+
+class StoreError(UserError):
+    """A checkpoint that is absent, incomplete, or of another run."""
+
+
+@dataclass(frozen=True)
+class DataIdentity:
+    """What the data position of a checkpoint refers to.
+
+    Attributes:
+        tokenizer_sha256: of tokenizer.json, hex.
+        pack_index_hash: of what shaped the pack index.
+    """
+
+    tokenizer_sha256: str
+    pack_index_hash: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint without its tensors.
+
+    Attributes:
+        step: steps done; the next step's packs follow from it.
+        world_size: ranks that wrote it.
+        config: the run's resolved configuration, as plain values.
+        data: what the position refers to.
+        broken: pictures and clips found broken so far, [source, file, row, element, cause] each.
+        code_version: of this package.
+        format: of the folder.
+        files: size in bytes of every other file.
+    """
+
+    step: int
+    world_size: int
+    config: dict[str, Any]
+    data: DataIdentity
+    broken: list[list[Any]]
+    code_version: str
+    format: int
+    files: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, folder: Path, run: RunConfig, step: int, world_size: int, data: DataIdentity, broken: BrokenMedia
+    ) -> Manifest:
+        """The manifest of a folder whose other files are complete."""
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        rows = [[*key, cause] for key, cause in sorted(broken.items())]
+        return cls(step, world_size, to_dict(run), data, rows, _code_version(), FORMAT, files)
+
+    def write(self, folder: Path) -> None:
+        """Write it; from now on the folder is a complete checkpoint."""
+        write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+
+    @property
+    def broken_media(self) -> dict[tuple[str, str, int, str], str]:
+        """`broken` by its key."""
+        return {(source, file, row, element): cause for source, file, row, element, cause in self.broken}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: where it lies and what it says of itself."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def _code_version() -> str:
+    try:
+        return metadata.version("megatron-lance")
+    except metadata.PackageNotFoundError:
+        return "run from a source tree that is not installed"
+
+
+def checkpoints_folder(training: TrainingConfig) -> Path:
+    """Where a run's checkpoints lie."""
+    return Path(training.run_dir) / "checkpoints"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` steps."""
+    return root / f"step_{step:08d}"
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's manifest and hold its files against it.
+
+    Raises:
+        StoreError: if the folder is missing, has no manifest, is of a newer format, or a file is missing or of
+            another size.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise StoreError(f"checkpoint '{folder}': no such folder; {_available(folder.parent)}")
+    if not path.is_file():
+        raise StoreError(
+            f"checkpoint '{folder}': has no {MANIFEST_FILE}, so it was never finished or is none; "
+            f"{_available(folder.parent)}"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] > FORMAT:
+            raise StoreError(
+                f"checkpoint '{folder}': has format {values['format']}, this program reads up to {FORMAT}; update it"
+            )
+        manifest = Manifest(**{**values, "data": DataIdentity(**values["data"])})
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise StoreError(f"checkpoint '{path}': cannot be read ({error!r}); {_available(folder.parent)}") from error
+    for name, size in manifest.files.items():
+        file = folder / name
+        found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+        if found != f"has {size} bytes":
+            raise StoreError(
+                f"checkpoint '{folder}': is incomplete, {name} {found}, expected {size} bytes; restore the file or "
+                f"use another checkpoint; {_available(folder.parent)}"
+            )
+    return Checkpoint(folder, manifest)
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps of the folders in `root` that are named as checkpoints, ascending."""
+    names = (path.name.removeprefix("step_") for path in root.glob("step_*") if (path / MANIFEST_FILE).is_file())
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def _available(root: Path) -> str:
+    steps = steps_in(root)
+    return f"'{root}' has steps {', '.join(map(str, steps))}" if steps else f"'{root}' has no checkpoint"
+
+
+def _latest(root: Path) -> Checkpoint | None:
+    """The checkpoint that `latest` names, or else the complete one with most steps, whatever its folder is called.
+
+    A process killed while it replaced a checkpoint may have left the only complete copy under a temporary name.
+    """
+    pointer = root / LATEST_FILE
+    if not pointer.is_file() and not steps_in(root):
+        return None
+    problem = f"'{pointer}' is missing"
+    if pointer.is_file():
+        try:
+            return open_checkpoint(root / pointer.read_text(encoding="utf-8").strip())
+        except StoreError as error:
+            problem = str(error)
+    complete = max(_complete(root), key=lambda found: found.manifest.step, default=None)
+    if complete is None:
+        raise StoreError(f"{problem}; no other checkpoint in '{root}' is complete; restore one from a copy")
+    logger.warning("%s; going on from '%s' instead", problem, complete.folder)
+    return complete
+
+
+def _complete(root: Path) -> Iterator[Checkpoint]:
+    for path in sorted(root.iterdir()):
+        if (path / MANIFEST_FILE).is_file():
+            try:
+                yield open_checkpoint(path)
+            except StoreError as error:
+                logger.warning("passed over: %s", error)
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, or the latest of a run's folder.
+
+    Raises:
+        StoreError: if there is none or it is incomplete.
+    """
+    for root in (path / "checkpoints", path):
+        if (root / LATEST_FILE).is_file() and (latest := _latest(root)) is not None:
+            return latest
+    return open_checkpoint(path)
+
+
+def find_checkpoint(training: TrainingConfig) -> Checkpoint | None:
+    """The checkpoint that `training.resume` asks for; None for a fresh start.
+
+    Raises:
+        StoreError: if it does not exist or is incomplete, or if a fresh start would mix with an earlier run's
+            checkpoints.
+    """
+    root, resume = checkpoints_folder(training), str(training.resume)
+    if resume == "":
+        if steps_in(root):
+            raise StoreError(
+                f"training.run_dir '{training.run_dir}': holds checkpoints of an earlier run ({_available(root)}); set "
+                "training.resume=auto to go on, or another training.run_dir to start afresh"
+            )
+        return None
+    if resume in ("auto", "latest"):
+        latest = _latest(root) if root.is_dir() else None
+        if latest is None and resume == "latest":
+            raise StoreError(
+                f"training.resume 'latest': '{root}' has no checkpoint; set training.resume=auto to start afresh if "
+                "there is none, or correct training.run_dir"
+            )
+        return latest
+    try:
+        return open_checkpoint(step_folder(root, int(resume))) if resume.isdecimal() else checkpoint_at(Path(resume))
+    except StoreError as error:
+        choices = "give auto, latest, a step or a checkpoint's folder"
+        raise StoreError(f"training.resume '{resume}': {error}; {choices}") from error
+
+
+def check_resumable(checkpoint: Checkpoint, run: RunConfig, data: DataIdentity) -> None:
+    """Refuse a checkpoint from which this run cannot go on exactly.
+
+    Raises:
+        StoreError: listing everything that differs.
+    """
+    old, new = checkpoint.manifest.config, to_dict(run)
+    model = [f.name for f in fields(run.model) if f.name not in _COMPUTED_ALIKE]
+    same = [f"model.{name}" for name in model] + [f"training.{name}" for name in _SAME_TRAINING]
+    remedy = "use the checkpoint's settings"
+    problems = _differing(old, new, same)
+    layout = _differing(old, new, [f"parallel.{name}" for name in _SAME_OPTIMIZER_LAYOUT])
+    if layout:
+        problems += layout
+        remedy += (
+            "; the optimizer's state loads on other dp and cp sizes only: to change the rest, write the weights with "
+            "tools/convert_checkpoint.py export-lance and start from them by training.init_from"
+        )
+    mine = checkpoint.manifest.data
+    if data.tokenizer_sha256 != mine.tokenizer_sha256:
+        problems.append(
+            f"data.tokenizer: another tokenizer (sha256 {mine.tokenizer_sha256} -> {data.tokenizer_sha256})"
+        )
+    if data.pack_index_hash != mine.pack_index_hash:
+        problems.append(f"data.pack_index: another pack index (hash {mine.pack_index_hash} -> {data.pack_index_hash})")
+    if problems:
+        listed = "; ".join(problems)
+        raise StoreError(f"checkpoint '{checkpoint.folder}': this run differs from it: {listed}; {remedy}")
+
+
+def changed_settings(checkpoint: Checkpoint, run: RunConfig) -> list[str]:
+    """Every other setting that differs, as `name: old -> new`; the run's own value counts."""
+    new = to_dict(run)
+    names = [f"{section}.{name}" for section, values in new.items() for name in values]
+    return _differing(checkpoint.manifest.config, new, [name for name in names if name not in _OF_THE_RUN])
+
+
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """`name: old -> new` of each setting that differs; settings younger than the checkpoint are left out."""
+    found = []
+    for name in names:
+        section, field = name.split(".")
+        before, now = old.get(section, {}), new[section][field]
+        if field in before and before[field] != now:
+            found.append(f"{name}: {reprlib.repr(before[field])} -> {reprlib.repr(now)}")
+    return found

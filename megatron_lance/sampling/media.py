@@ -1,0 +1,79 @@
+"""Pictures and clips on disk.
+
+Station: VAE decoder -> [files].  Pixels are float [3, T, H, W] in -1..1; the prompt is kept in the file's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+
+Frames = npt.NDArray[np.uint8]
+"""[T, H, W, 3]."""
+
+
+def to_frames(pixels: torch.Tensor) -> Frames:
+    """Pixels float [3, T, H, W], clipped to -1..1 -> uint8 [T, H, W, 3]."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def write_png(path: Path, picture: npt.NDArray[np.uint8], prompt: str) -> None:
+    """Write a picture [H, W, 3] with its prompt as text chunk "prompt"."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("prompt", prompt)
+    Image.fromarray(picture).save(path, pnginfo=info)
+
+
+def write_mp4(path: Path, frames: Frames, fps: float, prompt: str) -> None:
+    """Write a clip as H.264 with its prompt as metadata "comment"."""
+    with av.open(str(path), "w") as container:
+        container.metadata["comment"] = prompt
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "12"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def contact_sheet(samples: Sequence[tuple[Frames, str]], columns: int, scale: int = 1) -> Image.Image:
+    """Samples in a grid with their captions; of a clip the first, middle and last frame side by side.
+
+    Args:
+        samples: (frames, caption).
+        columns: samples per row.
+        scale: integer enlargement of the pixels.
+    """
+    tiles = [_tile(frames, caption, scale) for frames, caption in samples]
+    width, height = max(t.width for t in tiles), max(t.height for t in tiles)
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (index % columns * width, index // columns * height))
+    return sheet
+
+
+def _tile(frames: Frames, caption: str, scale: int) -> Image.Image:
+    """One sample with its caption below, wrapped to its width."""
+    shown = frames if len(frames) == 1 else frames[[0, len(frames) // 2, len(frames) - 1]]
+    strip = Image.fromarray(np.concatenate(list(shown), axis=1))
+    strip = strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)
+    letters = max(strip.width // 6, 8)
+    words, lines = caption.split(), [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > letters:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    tile = Image.new("RGB", (strip.width + 8, strip.height + 12 * len(lines) + 10), "white")
+    tile.paste(strip, (4, 4))
+    ImageDraw.Draw(tile).multiline_text((4, strip.height + 5), "\n".join(lines), fill="black", spacing=1)
+    return tile

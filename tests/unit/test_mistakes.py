@@ -1,0 +1,150 @@
+"""The mistakes that docs/mistakes.md lists, made: every command of the table ends with its message and exit code.
+
+The table is the list of cases: its commands are run as they stand there, in a folder that holds a good data set and
+run beside files that are wrong in the way their names say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.command import Commander
+from tests.shared import REPOSITORY
+from tests.tiny import SPECIAL, TASKS, TinyRun, jpeg, write_table, write_tokenizer, write_weights
+
+TABLE = REPOSITORY / "docs" / "mistakes.md"
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A row of the table."""
+
+    title: str
+    ranks: int
+    command: str
+    message: str
+    code: int
+
+
+def read_table() -> list[Mistake]:
+    """All rows of the table in docs/mistakes.md."""
+    rows = []
+    for line in TABLE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 5 and cells[1].isdigit():
+            title, ranks, command, message, code = cells
+            rows.append(Mistake(title, int(ranks), command, message.replace("\\|", "|"), int(code)))
+    return rows
+
+
+MISTAKES = read_table()
+
+
+def _write_configs(folder: Path, good: Path) -> None:
+    """tiny.yaml with paths relative to the folder, and broken files."""
+    sources = [{"name": name, "path": f"data/{name}.parquet", "task": task} for name, task in TASKS.items()]
+    data = {"sources": sources, "tokenizer": "tokenizer", "pack_index": "index"}
+    settings = {"extends": str(good), "data": data, "training": {"run_dir": "run"}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    texts = {
+        "typo.yaml": "extends: tiny.yaml\noptimiser: {lr: 1e-4}\n",
+        "broken.yaml": "extends: tiny.yaml\ntraining: {train_iters: 5\n",
+        "twice.yaml": "training:\n  seed: 1\n  seed: 2\n",
+        "circle.yaml": "extends: circle.yaml\n",
+        "orphan.yaml": "extends: base.yaml\n",
+        "list.yaml": "- training\n",
+        "empty.yaml": "",
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _write_data(folder: Path) -> None:
+    """Data sets that are wrong in one way each, below `wrong/`."""
+    wrong = folder / "wrong"
+    good = (folder / "data" / "text2image.parquet").read_bytes()
+    write_table(wrong / "renamed_column.parquet", {"text": ["a square"], "image_bytes": [jpeg("red")]})
+    write_table(wrong / "no_rows.parquet", {"caption": [], "image_bytes": []})
+    write_table(wrong / "no_pictures.parquet", {"caption": ["a", "b"], "image_bytes": [b"a text", b"and another"]})
+    write_table(wrong / "paths.parquet", {"caption": ["a square"], "image_bytes": ["red.jpg"]})
+    write_table(wrong / "empty_captions.parquet", {"caption": [""], "image_bytes": [jpeg("red")]})
+    write_table(wrong / "text_interleave.parquet", {"interleave_array": ["a"], "element_dtype_array": ["text"]})
+    (wrong / "cut_short.parquet").write_bytes(good[: len(good) // 2])
+    (wrong / "empty_folder").mkdir()
+    shutil.copytree(folder / "data", folder / "grown")
+    shutil.copy(folder / "grown" / "text2video.parquet", folder / "grown" / "text2image.parquet")
+
+
+def _write_tokenizers(folder: Path) -> None:
+    write_tokenizer(folder / "wrong" / "tokenizer_without_pads", special=[s for s in SPECIAL if "pad" not in s])
+    (folder / "wrong" / "tokenizer_torn").mkdir()
+    torn = (folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")[:1000]
+    (folder / "wrong" / "tokenizer_torn" / "tokenizer.json").write_text(torn, encoding="utf-8")
+
+
+def _write_indices(folder: Path) -> None:
+    for name in ("index_old", "index_torn", "index_edited"):
+        shutil.copytree(folder / "index", folder / "wrong" / name)
+    header = json.loads((folder / "index" / "index.json").read_text(encoding="utf-8"))
+    old, edited = header | {"version": 0}, header | {"counts": header["counts"] | {"samples": 7}}
+    (folder / "wrong" / "index_old" / "index.json").write_text(json.dumps(old), encoding="utf-8")
+    (folder / "wrong" / "index_edited" / "index.json").write_text(json.dumps(edited), encoding="utf-8")
+    (folder / "wrong" / "index_torn" / "packs.parquet").write_bytes(b"PAR1")
+
+
+def _write_weights(folder: Path, run: TinyRun) -> None:
+    """Weights in the public layout: good ones, and some that do not fit."""
+    model, wrong = run.load().model, folder / "wrong"
+    bias = "vae2llm.bias"
+    write_weights(wrong / "weights_good", model, {})
+    write_weights(wrong / "weights_misshapen", model, {bias: torch.zeros(3)})
+    write_weights(wrong / "weights_incomplete", model, {"language_model.lm_head.weight": None})
+    write_weights(wrong / "weights_infinite", model, {bias: torch.full((model.hidden_size,), float("inf"))})
+    (wrong / "weights_torn").mkdir()
+    (wrong / "weights_torn" / "model.safetensors").write_bytes(b"not tensors")
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the commands of the table run in."""
+    folder = tmp_path_factory.mktemp("mistakes") / "run"
+    shutil.copytree(tiny_run.folder, folder)
+    _write_configs(folder, tiny_run.config)
+    _write_data(folder)
+    _write_tokenizers(folder)
+    _write_indices(folder)
+    _write_weights(folder, tiny_run)
+    return folder
+
+
+def test_the_table_lists_every_mistake_once() -> None:
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(MISTAKES) == len(lines) - 2 >= 30  # all lines but the head and the rule under it
+    for values in ([m.title for m in MISTAKES], [(m.ranks, m.command) for m in MISTAKES]):
+        assert len(set(values)) == len(values)
+
+
+def test_the_commands_stand_on_a_run_that_works(workshop: Path, command: Commander) -> None:
+    for line in ("train --config tiny.yaml training.train_iters=1 training.run_dir=good", "inspect_pack index"):
+        done = command(line, folder=workshop)
+        assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=[m.title for m in MISTAKES])
+def test_mistake(mistake: Mistake, workshop: Path, command: Commander) -> None:
+    before = sorted(workshop.rglob("*"))
+    done = command(mistake.command, ranks=mistake.ranks, folder=workshop)
+    assert (done.code, "Traceback" in done.err) == (mistake.code, False), done.err
+    last = done.err.strip().splitlines()[-1]
+    pattern = r"\S+: error: " + ".*".join(map(re.escape, mistake.message.split("…")))
+    assert re.fullmatch(pattern, last), f"{last!r} is not {mistake.message!r}"
+    if mistake.command.startswith(("prepack", "inspect_pack")):
+        assert sorted(workshop.rglob("*")) == before
