@@ -1,9 +1,9 @@
-# Targets: env (makes .venv), test, lint, type, format.
+# Targets: env (makes .venv), demo, test, lint, type, format.
 #
 # torch: on Linux without nvidia-smi the CPU build is demanded by name, so that pip never fetches CUDA libraries.  pip
 # must then be able to see it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or PIP_FIND_LINKS=<folder with
 # the wheel>.  TORCH=torch==2.13.0 takes whatever build the index offers.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +13,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: env test lint type format
+.PHONY: env demo test lint type format
 
 env: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)" -e ".[dev]" \
 		|| { echo "make env: pip failed; if it found no $(TORCH), see the top of the Makefile" >&2; exit 1; }
 	touch $@
+
+demo: env
+	$(BIN)/python tools/run_demo.py --force
 
 test: env
 	$(BIN)/python -m pytest

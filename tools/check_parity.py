@@ -9,9 +9,10 @@ Prints a line per case with the largest relative difference per quantity and exi
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument("--vpp", type=int, default=None, help="model chunks per pipeline rank")
     parser.add_argument("--attention", default="sdpa", help="attention backend: sdpa or dense")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every difference there")
     parser.add_argument("--verbose", action="store_true", help="a line per quantity")
     return parser.parse_args()
 
@@ -134,7 +136,7 @@ def main() -> int:
     files = case_files(folder) if arguments.golden else sampling_files(folder)
     trainee, groups = _start(arguments, config, folder)
     velocity = ModelVelocity(trainee.stages, config.model, groups, ALIGNMENT)
-    failed = False
+    results: dict[str, list[Difference]] = {}
     for path in files:
         try:
             if arguments.golden:
@@ -143,11 +145,16 @@ def main() -> int:
                 differences = check_sampling(path, config, velocity)
         except (ValueError, KeyError) as error:  # raised while reading, by all ranks alike
             differences = [Difference(f"unreadable: {error!r}", float("inf"), 0.0)]
-        failed |= not all(d.ok for d in differences)
+        results[path.stem] = differences
         if dist.get_rank() == 0:
             _report(path.stem, differences, arguments.verbose)
+    if arguments.json is not None and dist.get_rank() == 0:
+        layout = {name: getattr(arguments, name) for name in ("tp", "pp", "cp", "vpp", "attention")}
+        cases = {name: [asdict(d) for d in differences] for name, differences in results.items()}
+        record = {"layout": layout, "torch": torch.__version__, "device": str(groups.device), "cases": cases}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     parallel_groups.destroy()
-    return int(failed)
+    return int(not all(d.ok for differences in results.values() for d in differences))
 
 
 if __name__ == "__main__":

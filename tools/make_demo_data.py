@@ -1,4 +1,4 @@
-"""Write the demo's data set: `python tools/make_demo_data.py OUT [--seed 1 --pictures 4000 --clips 1200]`.
+"""Write the demo's data set: `python -m tools.make_demo_data OUT [--seed 1 --pictures 4000 --clips 1200]`.
 
 Real .jpg and .mp4 files as bytes in parquet files of the public schema (coloured shapes with captions, edits,
 references, questions), a byte-level BPE tokenizer trained on their texts, a held-out set of combinations that no

@@ -80,15 +80,35 @@ def torchrun(*arguments: str) -> list[str]:
 def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
     """The command line of every stage."""
     config = ["--config", CONFIG]
-    place = [f"training.run_dir={out}/train", f"data.pack_index={out}/packs", f"data.tokenizer={out}/data/tokenizer"]
+    sources = [
+        f"data.sources.{number}.path={out}/data/{name}.parquet"
+        for number, name in enumerate(
+            "text2image text2video text2video image2image video2video interleave_subject x2t_image x2t_video".split()
+        )
+    ]
+    place = [
+        f"training.run_dir={out}/train",
+        f"data.pack_index={out}/packs",
+        f"data.tokenizer={out}/data/tokenizer",
+        *(sources if out != Path("runs/demo") else []),
+    ]
     train = ["-m", "megatron_lance.training.train", *config, *place, "training.progress=true"]
     python = [sys.executable]
     return [
-        ("data", [*python, "tools/make_demo_data.py", f"{out}/data"]),
+        ("data", [*python, "-m", "tools.make_demo_data", f"{out}/data"]),
         ("prepack", [*python, "tools/prepack.py", *config, *place]),
         ("train", torchrun(*train, f"training.train_iters={iters}")),
         ("resume", torchrun(*train, f"training.train_iters={iters + extra}", "training.resume=latest")),
-        ("export", [*python, "tools/convert_checkpoint.py", "export-lance", f"{out}/train/checkpoints/latest", f"{out}/export"]),
+        (
+            "export",
+            [
+                *python,
+                "tools/convert_checkpoint.py",
+                "export-lance",
+                f"{out}/train/checkpoints/latest",
+                f"{out}/export",
+            ],
+        ),
         (
             "sample",
             torchrun(
@@ -101,10 +121,12 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
                 "--size=64x64",
                 "--frames=9",
                 "--steps=20",
-                "--batch=32",
+                "--shift=2",
+                "--scale=3",
+                "--batch=36",
             ),
         ),
-        ("score", [*python, "tools/judge_demo.py", f"{out}/samples", f"--json={out}/score.json"]),
+        ("score", [*python, "-m", "tools.judge_demo", f"{out}/samples", f"--json={out}/score.json"]),
     ]
 
 
@@ -134,8 +156,8 @@ def main() -> int:
     """Run all stages and print the summary; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the demo")
-    parser.add_argument("--iters", type=int, default=600, help="training steps before the resume")
-    parser.add_argument("--extra", type=int, default=20, help="training steps after the resume")
+    parser.add_argument("--iters", type=int, default=700, help="training steps before the resume")
+    parser.add_argument("--extra", type=int, default=25, help="training steps after the resume")
     parser.add_argument("--force", action="store_true", help="delete an earlier demo in DIR")
     options = parser.parse_args()
     if options.out.exists() and not options.force:

@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_lance.checkpoint.hf_lance import FolderSource, load_weights
+from megatron_lance.checkpoint.hf_lance import FolderSource, load_weights, with_rope_of
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.schema import RunConfig
@@ -159,11 +159,22 @@ def main() -> int:
     # a resolved training configuration carries its layout and batch; sampling has its own
     run = replace(run, training=replace(run.training, global_batch_size=int(os.environ.get("WORLD_SIZE", "1"))))
     validate(run, int(os.environ.get("WORLD_SIZE", "1")))
+    if not run.data.tokenizer:
+        raise UserError("data.tokenizer '': is not set; give the folder, e.g. data.tokenizer=PATH")
     rows = read_prompts(options)
-    _pixels(options)
+    height, width = _pixels(options)
+    side, cells = run.model.latent_position_size, vae_grid(options.frames, (height, width))
+    if (cells[0] - 1) * side**2 + (cells[1] - 1) * side + cells[2] > run.model.latent_position_frames * side**2:
+        raise UserError(
+            f"--size {options.size} --frames {options.frames}: latent grid {cells} exceeds the model's position table "
+            f"of {run.model.latent_position_frames} x {side} x {side}; choose a smaller size or fewer frames"
+        )
+    run = replace(run, model=with_rope_of(run.model, options.weights))
     if options.out.exists():
         raise UserError(f"--out {options.out}: exists; give a new folder")
     weights = FolderSource(options.weights, run.model)
+    if run.encoders.vae == "wan" and not run.encoders.vae_path:
+        logger.warning("encoders.vae_path is empty: latents are decoded by a small random VAE; give its folder")
     groups = parallel_groups.initialize(run.parallel, run.training.seed)
     samples = generate(run, options, rows, groups, weights)
     if dist.get_rank() == 0:

@@ -179,6 +179,7 @@ def llm_config(model: ModelConfig, ids: Mapping[str, int], dtype: str) -> dict[s
         "num_key_value_heads": model.num_query_groups,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_scaling": {"type": "mrope", "mrope_section": list(model.mrope_section)},
+        "rope_inv_freq_dtype": model.rope_inv_freq_dtype or "float32",
         "rope_theta": model.rotary_base,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,

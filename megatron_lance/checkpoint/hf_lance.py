@@ -9,9 +9,11 @@ Weight layout: Megatron's QKV is interleaved per key/value group [q..., k, v]; f
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,8 @@ from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.lance_model import LanceModel
 from megatron_lance.packing.rng import stream
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
@@ -302,6 +306,27 @@ def _shapes_in(file: Path) -> dict[str, Shape]:
             return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: is not a readable safetensors file ({error}); copy it again") from error
+
+
+def with_rope_of(model: ModelConfig, folder: str | Path) -> ModelConfig:
+    """The model with `rope_inv_freq_dtype` decided where the configuration leaves it open (spec/model.md section 4).
+
+    Weights exported by this project name theirs in llm_config.json; released weights name none and were trained with
+    bfloat16; new weights get float32.
+
+    Args:
+        model: sizes and variants.
+        folder: where weights in the public layout come from; empty for new weights.
+    """
+    if model.rope_inv_freq_dtype is not None:
+        return model
+    if not str(folder):
+        return replace(model, rope_inv_freq_dtype="float32")
+    config = Path(folder) / "llm_config.json"
+    named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    dtype = named.get("rope_inv_freq_dtype", "bfloat16")
+    logger.info("model.rope_inv_freq_dtype is %s, as the weights of %s were trained with", dtype, folder)
+    return replace(model, rope_inv_freq_dtype=dtype)
 
 
 def check_shapes(found: Mapping[str, Shape], model: ModelConfig, where: str) -> None:

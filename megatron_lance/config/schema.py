@@ -23,7 +23,7 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-6
     rotary_base: float = 1e6
     mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies per axis (temporal, height, width)
-    rope_inv_freq_dtype: str = "float32"  # float32 | bfloat16 (what the released weights were trained with)
+    rope_inv_freq_dtype: str | None = None  # float32 | bfloat16; null: what the weights say, released ones bfloat16
     mape: str = "release"  # release | paper | none
     mape_step: int = 1000  # temporal distance between modality groups
     latent_channels: int = 48  # VAE channels

@@ -15,7 +15,7 @@ from megatron_lance.config.schema import DataConfig, ModelConfig, OptimizerConfi
 TASKS = ("t2i", "t2v", "i2v", "i_edit", "v_edit", "s2i", "s2v", "i2t", "v2t", "t2t")
 
 _CHOICES: dict[str, Sequence[str | None]] = {
-    "model.rope_inv_freq_dtype": ("float32", "bfloat16"),
+    "model.rope_inv_freq_dtype": (None, "float32", "bfloat16"),
     "model.mape": ("release", "paper", "none"),
     "model.attention_backend": ("sdpa", "dense"),
     "parallel.recompute_granularity": (None, "full"),

@@ -9,7 +9,7 @@ so all ranks agree.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ from megatron_lance.packing.rng import stream
 from megatron_lance.packing.segment import SegmentKind
 
 logger = logging.getLogger(__name__)
+
+DECODED_TOGETHER = 8
+"""Items decoded before they are encoded; bounds the pixels in memory."""
 
 
 ItemKey = tuple[str, str, int, str]
@@ -148,7 +151,7 @@ class ReplicaEncoder:
         buffer = torch.zeros(size)
         causes: dict[ItemKey, str] = {}
         at = 0
-        for job, pixels in zip(jobs, self._pixels(jobs, reader), strict=True):
+        for job, pixels in self._decoded(jobs, reader):
             if isinstance(pixels, ValueError):
                 causes[job.key] = str(pixels)
             else:
@@ -161,6 +164,12 @@ class ReplicaEncoder:
                 buffer[at + 1 : at + job.size] = encoding.reshape(-1).cpu()
             at += job.size
         return buffer, causes
+
+    def _decoded(self, jobs: Sequence[_Job], reader: PackReader) -> Iterator[tuple[_Job, torch.Tensor | ValueError]]:
+        """Each job with its pixels or what is wrong with it; only the pixels of a few jobs are in memory at a time."""
+        for first in range(0, len(jobs), DECODED_TOGETHER):
+            part = jobs[first : first + DECODED_TOGETHER]
+            yield from zip(part, self._pixels(part, reader), strict=True)
 
     def encode(self, packs: Sequence[PlannedPack], reader: PackReader) -> list[PackVisuals]:
         """Encodings of all packs, on every rank of the replica; a collective of the replica.

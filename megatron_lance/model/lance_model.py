@@ -62,7 +62,7 @@ class LanceModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.heads = Heads(config, model, tokenizer_size, groups) if post_process else None
-        frequencies = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype)
+        frequencies = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype or "float32")
         self.inv_freq = nn.Buffer(frequencies.to(device()), persistent=False)
         self.frequency_axes = nn.Buffer(frequency_axes(model.mrope_section).to(device()), persistent=False)
 

@@ -30,8 +30,8 @@ def _round_up(value: int, multiple: int) -> int:
 def rows_per_rank(capacity: int, cp: int, tp: int, alignment: int) -> int:
     """Rows of one context-parallel rank (all its tensor-parallel shards together).
 
-    Large enough for every pack of at most `capacity` tokens: two regions lose less than one step of padding each to
-    alignment, and dealing a region to `cp` ranks leaves a rank at most one token above the mean.
+    Large enough for every pack of at most `capacity` tokens: a rank gets at most ceil(capacity / cp) + 1 tokens, dealt
+    region by region, and rounding two regions up to a step costs at most one step more than rounding their sum.
 
     Args:
         capacity: tokens of a full pack.
@@ -40,8 +40,7 @@ def rows_per_rank(capacity: int, cp: int, tp: int, alignment: int) -> int:
         alignment: rows; a region's share per tensor-parallel rank is a multiple of it.
     """
     step = alignment * tp
-    uneven = 0 if cp == 1 else 2
-    return _round_up(-(-capacity // cp) + uneven, step) + step
+    return _round_up(-(-capacity // cp), step) + step
 
 
 def token_experts(pack: Pack) -> npt.NDArray[np.bool_]:

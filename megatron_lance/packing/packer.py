@@ -30,58 +30,41 @@ def mask_pairs(segments: Iterable[Segment]) -> int:
     return pairs
 
 
-def pack_lengths(lengths: Sequence[int], capacity: int, window: int = 4096) -> list[tuple[int, ...]]:
-    """Group samples into packs: best fit, longest first, within a window that slides over the mixture order.
+def pack_lengths(lengths: Sequence[int], capacity: int, open_packs: int = 16) -> list[tuple[int, ...]]:
+    """Group samples into packs: best fit in mixture order over a few open packs.
 
-    A window keeps the mixture's order on the large scale.  The emptiest pack of a window is taken apart and its
-    samples go to the next one, so only the last pack of all may stay far from full.
+    Each sample goes to the open pack with the least room that still holds it, so a pack mixes neighbours of the mixture
+    whatever their lengths; a sample that fits nowhere opens a pack, and one too many closes the fullest.
 
     Args:
         lengths: tokens of each sample, in mixture order.
         capacity: tokens of a pack.
-        window: samples looked at together.
+        open_packs: packs filled at a time; more fill better and keep the mixture's order less.
 
     Returns:
-        Sample numbers of each pack, ascending inside a pack; packs ordered by their first sample within a window.
+        Sample numbers of each pack, ascending inside a pack; packs in the order in which they were closed.
 
     Raises:
-        ValueError: if a sample is longer than a pack, or the window is not positive.
+        ValueError: if a sample is longer than a pack, or open_packs is not positive.
     """
-    if window < 1:
-        raise ValueError(f"window {window}: must be at least 1 sample")
+    if open_packs < 1:
+        raise ValueError(f"open_packs {open_packs}: must be at least 1")
+    packs: list[tuple[int, ...]] = []
+    groups: dict[int, list[int]] = {}  # by its first sample
+    free: list[tuple[int, int]] = []  # (free tokens, first sample) of the open packs, ascending
     for number, length in enumerate(lengths):
         if not 1 <= length <= capacity:
             raise ValueError(
                 f"sample {number} of {length} tokens: must lie in [1, capacity {capacity}]; leave it out or raise "
                 "data.seq_length"
             )
-    packs: list[tuple[int, ...]] = []
-    carried: tuple[int, ...] = ()
-    for start in range(0, len(lengths), window):
-        stop = min(start + window, len(lengths))
-        groups = _best_fit([*carried, *range(start, stop)], lengths, capacity)
-        carried = ()
-        if stop < len(lengths) and len(groups) > 1:
-            carried = min(groups, key=lambda group: (sum(lengths[i] for i in group), group))
-            groups.remove(carried)
-        packs += groups
-    return packs
-
-
-def _best_fit(numbers: Sequence[int], lengths: Sequence[int], capacity: int) -> list[tuple[int, ...]]:
-    """Best-fit-decreasing of one window."""
-    groups: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # (free tokens, group), ascending
-    for number in sorted(numbers, key=lambda i: (-lengths[i], i)):
-        at = bisect_left(free, (lengths[number], -1))
-        if at < len(free):
-            room, group = free.pop(at)
-        else:
-            room, group = capacity, len(groups)
-            groups.append([])
-        groups[group].append(number)
-        insort(free, (room - lengths[number], group))
-    return sorted(tuple(sorted(group)) for group in groups)
+        at = bisect_left(free, (length, -1))
+        room, first = free.pop(at) if at < len(free) else (capacity, number)
+        groups.setdefault(first, []).append(number)
+        insort(free, (room - length, first))
+        if len(free) > open_packs:
+            packs.append(tuple(groups.pop(free.pop(0)[1])))
+    return packs + [tuple(groups[first]) for first in sorted(groups)]
 
 
 def deal_packs(costs: Sequence[int], replicas: int) -> list[list[int]]:

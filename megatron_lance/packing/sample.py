@@ -75,6 +75,15 @@ class Sample:
                     f"sample {self.sample_id}: label span [{start}, {stop}) must lie in [1, {self.length}] "
                     "and not be empty"
                 )
+        at = 0
+        for segment in self.segments:
+            first, last = at + 1, at + segment.length - 1
+            if segment.gen_length and any(start <= last and first < stop - 1 for start, stop in self.label_spans):
+                raise ValueError(
+                    f"sample {self.sample_id}: a label in {self.label_spans} would be predicted by VAE content "
+                    f"[{first}, {last}); only text and ViT rows reach the LM head"
+                )
+            at += segment.length
         if self.caption_span is not None:
             start, stop = self.caption_span
             if not 0 <= start <= stop <= self.length:

@@ -191,6 +191,8 @@ def _in_order(rows: Mapping[int, torch.Tensor], tokens: Sequence[int]) -> torch.
 def activations(case: GoldenCase, collected: Mapping[str, Mapping[int, torch.Tensor]], layers: int) -> list[Difference]:
     """Input sequence, hidden states, velocity and CE against the recorded ones.
 
+    Quantities a case did not record are left out, but the final hidden state must be there.
+
     Args:
         case: the golden case.
         collected: from Probe.collect.
@@ -207,9 +209,9 @@ def activations(case: GoldenCase, collected: Mapping[str, Mapping[int, torch.Ten
     wanted["velocity"] = (collected.get("velocity", {}), velocity_rows, "out/velocity_pred_at_mse_indexes")
     wanted["ce"] = (collected.get("ce", {}), _empty(case, "in/ce_loss_indexes").tolist(), "out/ce_per_token")
     return [
-        Difference(name, relative(_in_order(rows, tokens), case.expected[key]), RELATIVE)
+        Difference(name, relative(_in_order(rows, tokens), case.expected.get(key, torch.zeros(0))), RELATIVE)
         for name, (rows, tokens, key) in wanted.items()
-        if key in case.expected and len(tokens)
+        if (key in case.expected or name == "final hidden") and len(tokens)
     ]
 
 

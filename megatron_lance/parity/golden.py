@@ -183,7 +183,8 @@ class Rebuilt:
 
 def _templated(name: str, raw: Mapping[str, Any], media: Mapping[str, torch.Tensor]) -> Rebuilt:
     """A sample in the chat template: the ids hold everything, spans tell where blocks are."""
-    *entries, template = raw["sequence_plan"]
+    (template,) = (entry for entry in raw["sequence_plan"] if entry["type"] == "text_template")
+    entries = [entry for entry in raw["sequence_plan"] if entry is not template]
     ids, keys = list(raw["text_ids_list"][0]), [item["key"] for item in raw["visual_items"]]
     segments: list[Segment] = []
     at = 0

@@ -23,6 +23,7 @@ from megatron_lance.config.schema import RunConfig, TrainingConfig
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.feed import Feed, StepInputs
 from megatron_lance.training.metrics import MetricsWriter, StepMetrics
+from megatron_lance.training.preview import Preview
 from megatron_lance.training.setup import Trainee
 from megatron_lance.training.step import StepLosses, forward_backward
 
@@ -130,7 +131,13 @@ class Reporter:
 
 
 def train(
-    run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups, save: Callable[[int], object], steps_done: int = 0
+    run: RunConfig,
+    trainee: Trainee,
+    feed: Feed,
+    groups: Groups,
+    save: Callable[[int], object],
+    steps_done: int = 0,
+    preview: Preview | None = None,
 ) -> list[StepMetrics]:
     """Run all steps that are left.
 
@@ -141,6 +148,7 @@ def train(
         groups: degrees and ranks.
         save: writes a checkpoint, given the steps done; a collective of the world.
         steps_done: by the process before this one.
+        preview: draws pictures for TensorBoard.
 
     Returns:
         the metrics of the steps of this process.
@@ -161,4 +169,8 @@ def train(
             due = settings.save_interval > 0 and metrics.step % settings.save_interval == 0
             if due or metrics.step == settings.train_iters:
                 save(metrics.step)
+            if preview is not None and (
+                metrics.step % run.preview.interval == 0 or metrics.step == settings.train_iters
+            ):
+                reporter.writer.write_pictures(preview.captions, preview.draw(), metrics.step)
     return history

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_lance.sampling.media import Frames
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +105,12 @@ class MetricsWriter:
         if self.enabled:
             self.board.close()
             self.lines.close()
+
+    def write_pictures(self, captions: Sequence[str], pictures: Sequence[Frames], step: int) -> None:
+        """Put drawn pictures, uint8 [1, H, W, 3] each, under their captions."""
+        if self.enabled:
+            for caption, picture in zip(captions, pictures, strict=True):
+                self.board.add_image(f"preview/{caption}", picture[0], step, dataformats="HWC")
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step."""

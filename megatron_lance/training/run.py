@@ -6,11 +6,13 @@ Station: validated configuration -> groups, model, feed -> loop.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lance.checkpoint import store
+from megatron_lance.checkpoint.hf_lance import with_rope_of
 from megatron_lance.checkpoint.manifest import (
     Checkpoint,
     DataIdentity,
@@ -31,6 +33,7 @@ from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.training.feed import Feed
 from megatron_lance.training.loop import train
 from megatron_lance.training.metrics import StepMetrics
+from megatron_lance.training.preview import Preview
 from megatron_lance.training.setup import build, weight_source
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,9 @@ def _open(run: RunConfig) -> tuple[Tokenizer, DataIdentity, Checkpoint | None]:
         (tokenizer, what the data position refers to, the checkpoint to go on from).
     """
     check_settings(run)
+    run_dir = Path(run.training.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"training.run_dir '{run_dir}': is a file; give a folder, existing or new")
     tokenizer = Tokenizer(run.data.tokenizer)
     data = DataIdentity(tokenizer.sha256, PackIndex.open(run.data.pack_index).hash)
     checkpoint = find_checkpoint(run.training)
@@ -114,6 +120,7 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
     Raises:
         UserError: if the run cannot start or cannot go on.
     """
+    run = replace(run, model=with_rope_of(run.model, run.training.init_from))
     tokenizer, data, checkpoint = _open(run)
     source = weight_source(run) if checkpoint is None else PendingWeights()
     groups = parallel_groups.initialize(run.parallel, run.training.seed)
@@ -130,7 +137,8 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
     def save(step: int) -> Path:
         return store.save(run, step, state, data, feed.encoder.broken)
 
-    return train(run, trainee, feed, groups, save, steps_done)
+    preview = Preview(run, trainee, groups, tokenizer, feed.encoder.vae) if run.preview.captions else None
+    return train(run, trainee, feed, groups, save, steps_done, preview)
 
 
 def start(run: RunConfig) -> None:

@@ -1,16 +1,34 @@
-"""Train several times in a row on the same ranks, each time through the entry of the command line.
+"""Train several times in a row on the same ranks; starting processes takes longer than these small runs.
 
-Arguments: of each training, as one text.  Starting processes takes longer than these small runs.
+Arguments: a configuration, then one text of overrides per training.
 """
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 
-from megatron_lance.training.train import main
+from megatron_lance.config.loader import load_config
+from megatron_lance.config.validate import validate
+
+# megatron-core's checkpoint writer spawns a process that imports this file: heavy imports are inside the function.
+
+
+def main() -> None:
+    """Run."""
+    from megatron.core import parallel_state
+
+    from megatron_lance.parallel import groups as parallel_groups
+    from megatron_lance.training.run import train_run
+
+    config, *trainings = sys.argv[1:]
+    for overrides in trainings:
+        run = load_config([config], overrides.split())
+        validate(run, int(os.environ["WORLD_SIZE"]))
+        train_run(run)
+        parallel_state.destroy_model_parallel()
+    parallel_groups.destroy()
+
 
 if __name__ == "__main__":
-    for line in sys.argv[1:]:
-        if main(shlex.split(line)) != 0:
-            sys.exit(f"{line}: did not end with 0")
+    main()

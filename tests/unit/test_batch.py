@@ -60,3 +60,12 @@ def test_visuals_that_contradict_the_pack_are_named(name: str, change: int) -> N
     wrong = replace(visuals, **{name: torch.zeros(2 + change, 3)})
     with pytest.raises(ValueError, match=f"visuals.{name} has {2 + change} rows: the pack needs 2"):
         wrong.check(pack)
+
+
+def test_a_label_after_vae_content_is_refused() -> None:
+    block = Segment.visual(SegmentKind.CLEAN, (1, 1, 2))  # marker, 2 cells, marker: tokens 2 to 5
+    segments = (Segment.text(2), block, Segment.text(3))
+    for span in ((2, 5), (5, 6), (1, 9)):
+        with pytest.raises(ValueError, match="predicted by VAE content"):
+            Sample("s", Task.I2T, segments, (span,))
+    assert Sample("s", Task.I2T, segments, ((1, 4), (6, 9))).ce_rows == 6

@@ -72,7 +72,8 @@ def test_resume_choices(tmp_path: Path) -> None:
     assert found_step(run_in(tmp_path, "auto")) is None
     for step in (3, 6):
         write_checkpoint(run_in(tmp_path), step)
-    for resume, step in {"auto": 6, "latest": 6, "3": 3, 3: 3, str(tmp_path): 6}.items():
+    choices: dict[str | int, int] = {"auto": 6, "latest": 6, "3": 3, 3: 3, str(tmp_path): 6}
+    for resume, step in choices.items():
         assert found_step(run_in(tmp_path, resume)) == step
     elsewhere = run_in(tmp_path / "other", str(tmp_path / "checkpoints" / "step_00000003"))
     assert found_step(elsewhere) == 3

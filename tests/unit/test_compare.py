@@ -71,5 +71,6 @@ def test_a_missing_row_is_not_ok() -> None:
     case = case_of(expected={"out/packed_sequence_in": torch.tensor([[1.0, 1.0], [0.0, 0.0]])})
     full = {0: torch.ones(2), 1: torch.zeros(2)}
     for rows, ok in ((full, True), ({0: torch.ones(2)}, False), ({}, False)):
-        (difference,) = activations(case, {"input sequence": rows}, layers=0)
+        difference, final = activations(case, {"input sequence": rows}, layers=0)
+        assert not final.ok  # the final hidden state must have been recorded
         assert difference.quantity == "input sequence" and difference.ok is ok

@@ -38,7 +38,7 @@ def trained(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[C
     with one_rank():
         stage = build(run.model)
         dist_checkpointing.save({"model0": stage.sharded_state_dict()}, str(folder))
-        public = {}
+        public: Public = {}
         for name, parameter in global_parameters([stage]):
             public |= {key: tensor.clone() for key, tensor in table[name].public([parameter.detach()]).items()}
     data = DataIdentity(Tokenizer(run.data.tokenizer).sha256, "0" * 16)

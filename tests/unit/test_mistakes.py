@@ -122,6 +122,9 @@ def workshop(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pat
     _write_tokenizers(folder)
     _write_indices(folder)
     _write_weights(folder, tiny_run)
+    used = folder / "wrong" / "used" / "checkpoints" / "step_00000005"
+    used.mkdir(parents=True)
+    (used / "checkpoint.json").write_text("{", encoding="utf-8")
     return folder
 
 
@@ -140,11 +143,13 @@ def test_the_commands_stand_on_a_run_that_works(workshop: Path, command: Command
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[m.title for m in MISTAKES])
 def test_mistake(mistake: Mistake, workshop: Path, command: Commander) -> None:
+    if "without a GPU" in mistake.title and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
     before = sorted(workshop.rglob("*"))
     done = command(mistake.command, ranks=mistake.ranks, folder=workshop)
     assert (done.code, "Traceback" in done.err) == (mistake.code, False), done.err
     last = done.err.strip().splitlines()[-1]
-    pattern = r"\S+: error: " + ".*".join(map(re.escape, mistake.message.split("…")))
+    pattern = r"\S+: (?:rank \d+: )?error: " + ".*".join(map(re.escape, mistake.message.split("…")))
     assert re.fullmatch(pattern, last), f"{last!r} is not {mistake.message!r}"
     if mistake.command.startswith(("prepack", "inspect_pack")):
         assert sorted(workshop.rglob("*")) == before

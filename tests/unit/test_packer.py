@@ -37,18 +37,31 @@ def test_mask_pairs_equal_the_dense_mask(segments: list[Segment]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=120), st.integers(50, 120), st.integers(1, 40))
-def test_every_sample_is_packed_once_within_capacity(lengths: list[int], capacity: int, window: int) -> None:
-    packs = pack_lengths(lengths, capacity, window)
+def test_every_sample_is_packed_once_within_capacity(lengths: list[int], capacity: int, open_packs: int) -> None:
+    packs = pack_lengths(lengths, capacity, open_packs)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in pack) <= capacity for pack in packs)
     assert all(list(pack) == sorted(pack) for pack in packs)
-    assert packs == pack_lengths(lengths, capacity, window)
+    assert packs == pack_lengths(lengths, capacity, open_packs)
 
 
 def test_fill_is_high_for_mixed_lengths() -> None:
     lengths = np.random.Generator(np.random.Philox(7)).integers(100, 12000, size=3000).tolist()
-    packs = pack_lengths(lengths, 50000, window=512)
-    assert sum(lengths) / (len(packs) * 50000) > 0.98
+    packs = pack_lengths(lengths, 50000)
+    assert sum(lengths) / (len(packs) * 50000) > 0.97
+
+
+def test_a_pack_mixes_long_and_short_samples() -> None:
+    """A mixture of two lengths: no pack may be of one kind, as sorting by length would make it."""
+    lengths = [10 if u < 0.5 else 30 for u in np.random.Generator(np.random.Philox(8)).random(2000)]
+    packs = pack_lengths(lengths, 1000)[:-16]  # the last ones are left over
+    shares = [sum(lengths[i] == 10 for i in pack) / len(pack) for pack in packs]
+    assert min(shares) > 0.25 and max(shares) < 0.75
+
+
+def test_open_packs_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="open_packs 0"):
+        pack_lengths([1], 10, 0)
 
 
 def test_too_long_sample_is_refused() -> None:
