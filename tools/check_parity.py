@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from megatron_lance.checkpoint.hf_lance import TensorSource, gather_public, global_parameters
 from megatron_lance.config.errors import run_command
+from megatron_lance.config.logs import set_up_logging
 from megatron_lance.config.schema import DataConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.objectives.losses import LossCounts
@@ -131,6 +132,7 @@ def _start(arguments: argparse.Namespace, config: GoldenConfig, folder: Path) ->
 def main() -> int:
     """Check all cases of a folder; 0 if every quantity is within its tolerance."""
     arguments = parse_arguments()
+    set_up_logging(first_rank=False)
     folder = arguments.golden or arguments.sampling
     config = load_config(folder)
     files = case_files(folder) if arguments.golden else sampling_files(folder)

@@ -23,7 +23,6 @@ from megatron_lance.config.errors import UserError, run_command
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "examples/configs/demo.yaml"
-RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,16 @@ def _resident_mib(pid: int) -> float:
         return 0.0
 
 
+def ranks() -> int:
+    """Processes that train and sample: two on CPUs, on GPUs as many as there are up to two."""
+    import torch
+
+    return min(2, torch.cuda.device_count() or 2)
+
+
 def torchrun(*arguments: str) -> list[str]:
-    """A command line on RANKS processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    """A command line on `ranks()` processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks())]
     return [*launcher, *arguments]
 
 
@@ -90,6 +96,7 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
         f"training.run_dir={out}/train",
         f"data.pack_index={out}/packs",
         f"data.tokenizer={out}/data/tokenizer",
+        *([f"parallel.tensor_model_parallel_size={ranks()}"] if ranks() != 2 else []),
         *(sources if out != Path("runs/demo") else []),
     ]
     train = ["-m", "megatron_lance.training.train", *config, *place, "training.progress=true"]

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from megatron_lance.checkpoint.hf_lance import FolderSource, load_weights, with_rope_of
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
+from megatron_lance.config.logs import set_up_logging
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.data.prompt import Tokenizer
@@ -154,7 +155,7 @@ def write(out: Path, rows: list[dict[str, Any]], samples: list[Frames], fps: flo
 def main() -> int:
     """Sample and write; returns the exit code."""
     options = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    set_up_logging(first_rank=os.environ.get("RANK", "0") == "0")
     run = load_config(options.config, options.overrides)
     # a resolved training configuration carries its layout and batch; sampling has its own
     run = replace(run, training=replace(run.training, global_batch_size=int(os.environ.get("WORLD_SIZE", "1"))))

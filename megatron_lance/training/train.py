@@ -9,14 +9,13 @@ line and a non-zero exit code before any process group exists; torch and megatro
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import dump_yaml, load_config
+from megatron_lance.config.logs import set_up_logging
 from megatron_lance.config.validate import validate
 
 
@@ -29,15 +28,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--world-size", type=int, metavar="N", help="ranks to describe; default: those of this launch")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.train_iters=20")
     return parser.parse_intermixed_args(arguments)
-
-
-def set_up_logging(first_rank: bool) -> None:
-    """Our own lines from the first rank, warnings from all; megatron-core's and torch's notices only as errors."""
-    level = logging.INFO if first_rank else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    for module in ("megatron", "torch", "megatron_lance.parallel.cpu_rehearsal"):
-        warnings.filterwarnings("ignore", category=Warning, module=module)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

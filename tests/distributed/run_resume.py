@@ -65,8 +65,8 @@ def main() -> None:
     """Run."""
     from megatron.core import parallel_state
 
+    from megatron_lance.config.logs import set_up_logging
     from megatron_lance.parallel import groups as parallel_groups
-    from megatron_lance.training.train import set_up_logging
 
     set_up_logging(first_rank=True)
     jobs: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
