@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_lance.config.errors import run_command
 from megatron_lance.parallel import groups
 from megatron_lance.training import train
-from tools import check_parity, convert_checkpoint, inspect_pack, prepack
+from tools import check_parity, convert_checkpoint, inspect_pack, judge_demo, prepack, sample
 
 COMMANDS: dict[str, Callable[[], int]] = {
     "train": train.main,
@@ -26,6 +26,8 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "inspect_pack": inspect_pack.main,
     "check_parity": check_parity.main,
     "convert_checkpoint": convert_checkpoint.main,
+    "sample": sample.main,
+    "judge_demo": judge_demo.main,
 }
 
 

@@ -140,8 +140,9 @@ def sample(
     plain = [without_caption(request) for request in requests]
     times = timesteps(settings.steps, settings.shift)
     low, high = settings.interval
-    for now, after in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        if settings.scale != 1.0 and low < now <= high:
+    inside = ((times > low) & (times <= high)).tolist()  # in float32, as the times are: 0.4 is not above 0.4
+    for now, after, guided in zip(times[:-1].tolist(), times[1:].tolist(), inside[:-1], strict=True):
+        if settings.scale != 1.0 and guided:
             both = velocity([*requests, *plain], [*xs, *xs], now)
             pairs = zip(both[: len(requests)], both[len(requests) :], masks, strict=True)
             steps = [_guided(c[m], u[m], settings) for c, u, m in pairs]

@@ -46,6 +46,19 @@ def test_goldens(degrees: dict[str, int]) -> None:
         assert ("ce " in line) or ("velocity " in line), line
 
 
+@pytest.mark.parametrize("layout", ["one rank", "tp2", "pp2", "pp2 vpp2", "cp2"])
+def test_golden_sampling(layout: str) -> None:
+    """Every Euler step of the reference's sampler, with guidance, on any layout."""
+    degrees = LAYOUTS[layout]
+    ranks = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1)
+    options = [word for name, degree in degrees.items() for word in (f"--{name}", str(degree))]
+    folder = shared_path("golden")
+    output = torchrun(ranks, "tools/check_parity.py", "--sampling", str(folder), *options)
+    (line,) = [line for line in output.splitlines() if line.strip().startswith(("ok ", "FAIL "))]
+    assert line.startswith("ok   sampling_case1_t2i"), line
+    assert all(f"sampling {name} " in line for name in ("x", "v_cond", "v_uncond", "latent")), line
+
+
 def small_folder(target: Path, case: str = "case1_t2i") -> Path:
     """A golden folder with one case, to be spoilt."""
     for name in ("config.json", "weights.safetensors", f"{case}.json", f"{case}.safetensors"):

@@ -1,0 +1,235 @@
+"""The sampler against its formulas, the files it writes, and its command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from megatron_lance.config.schema import PromptConfig
+from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.packing.sample import Sample, Task
+from megatron_lance.packing.segment import Segment, SegmentKind
+from megatron_lance.sampling.flow_sampler import (
+    Request,
+    SamplerSettings,
+    initial_noise,
+    sample,
+    timesteps,
+    without_caption,
+)
+from megatron_lance.sampling.media import contact_sheet, to_frames, write_mp4, write_png
+from megatron_lance.sampling.requests import text_to_visual
+from tests.command import Commander
+from tests.tiny import TinyRun
+from tools.demo_shapes import Scene, caption, draw, random_scene
+
+CHANNELS = 3
+
+
+def request_of(name: str = "s", clean_frames: tuple[int, ...] = (), value: float = 7.0) -> Request:
+    """Text of 6 tokens with caption 2 to 5, a noise block of 2 x 1 x 2 cells, one closing token."""
+    block = Segment.visual(SegmentKind.NOISE, (2, 1, 2), clean_frames)
+    shape = Sample(name, Task.T2V, (Segment.text(6), block, Segment.text(1)), (), (2, 5))
+    return Request(shape, torch.arange(shape.length), torch.full((4, CHANNELS), value))
+
+
+def test_times_run_from_noise_to_data_and_are_shifted() -> None:
+    times = timesteps(4, 3.0)
+    plain = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert times.tolist() == pytest.approx([3 * t / (1 + 2 * t) for t in plain])
+
+
+def test_the_unconditional_branch_lacks_the_caption_alone() -> None:
+    plain = without_caption(request_of())
+    assert [s.length for s in plain.sample.segments] == [3, 6, 1] and plain.sample.caption_span is None
+    assert plain.token_ids.tolist() == [0, 1, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert without_caption(plain) is plain
+
+
+def test_a_straight_flow_is_sampled_exactly() -> None:
+    """Where v = noise - data everywhere, Euler steps end on the data."""
+    request = request_of()
+    noise = initial_noise([request], CHANNELS, seed=1)
+    data = torch.randn(4, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        return [noise[0] - data for _ in requests]
+
+    (latent,) = sample([request], noise, velocity, SamplerSettings(steps=7, shift=3.5))
+    assert latent.shape == (2, 1, 2, CHANNELS)
+    torch.testing.assert_close(latent.reshape(4, CHANNELS), data, atol=1e-5, rtol=1e-5)
+
+
+def test_frame_conditions_stay_as_they_were_given() -> None:
+    request = request_of(clean_frames=(0,))
+    noise = initial_noise([request], CHANNELS, seed=1)
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        assert all(torch.equal(x[:2], torch.full((2, CHANNELS), 7.0)) for x in xs)
+        return [torch.ones(4, CHANNELS) for _ in requests]
+
+    (latent,) = sample([request], noise, velocity, SamplerSettings(steps=3))
+    assert torch.equal(latent[0], torch.full((1, 2, CHANNELS), 7.0))
+    torch.testing.assert_close(latent[1].reshape(2, CHANNELS), noise[0][2:] - 1.0)
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel", "none"])
+def test_guidance_and_its_renorm(renorm: str) -> None:
+    """One step at t = 1: x1 = x0 - v, with v of the specification."""
+    request = request_of()
+    noise = initial_noise([request], CHANNELS, seed=2)
+    c, u = (torch.randn(4, CHANNELS, generator=torch.Generator().manual_seed(s)) for s in (3, 4))
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        assert [r.sample.caption_span for r in requests] == [(2, 5), None]
+        return [c, u]
+
+    (latent,) = sample([request], noise, velocity, SamplerSettings(steps=1, scale=4.0, renorm=renorm))
+    v = u + 4.0 * (c - u)
+    if renorm == "global":
+        v = v * min(float(c.norm() / (v.norm() + 1e-8)), 1.0)
+    elif renorm == "channel":
+        v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(max=1.0)
+    torch.testing.assert_close(latent.reshape(4, CHANNELS), noise[0] - v)
+
+
+def test_guidance_is_on_inside_its_interval_only() -> None:
+    request, seen = request_of(), []
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        seen.append((round(t, 3), len(requests)))
+        return [torch.zeros(4, CHANNELS) for _ in requests]
+
+    sample([request], initial_noise([request], CHANNELS, 0), velocity, SamplerSettings(steps=5, shift=1.0))
+    assert seen == [(1.0, 2), (0.8, 2), (0.6, 2), (0.4, 1), (0.2, 1)]
+    seen.clear()
+    sample([request], initial_noise([request], CHANNELS, 0), velocity, SamplerSettings(steps=2, scale=1.0))
+    assert [count for _, count in seen] == [1, 1]
+
+
+def test_noise_is_addressed_by_sample_and_seed() -> None:
+    a, b = request_of("a"), request_of("b")
+    together = initial_noise([a, b], CHANNELS, 0)
+    assert torch.equal(together[1], initial_noise([b], CHANNELS, 0)[0])
+    assert not torch.equal(together[0], together[1])
+    assert not torch.equal(together[0], initial_noise([a], CHANNELS, 1)[0])
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps 0"):
+        SamplerSettings(steps=0)
+    with pytest.raises(ValueError, match="renorm 'all'"):
+        SamplerSettings(renorm="all")
+
+
+def test_requests_follow_the_chat_template(tiny_run: TinyRun) -> None:
+    tokenizer = Tokenizer(tiny_run.folder / "tokenizer")
+    prompts = PromptConfig()
+    picture = text_to_visual("p", "a red car", (1, 2, 3), tokenizer, prompts, CHANNELS)
+    clip = text_to_visual("c", "a red car", (2, 2, 3), tokenizer, prompts, CHANNELS)
+    assert picture.sample.task is Task.T2I and clip.sample.task is Task.T2V
+    for request, system in ((picture, prompts.generation_image_inference), (clip, prompts.generation)):
+        text = tokenizer.decode(request.token_ids.tolist())
+        assert text.startswith(f"<|im_start|>system\n{system.replace('{v}', 'video')}<|im_end|>\n<|im_start|>user\n")
+        start, stop = request.sample.caption_span or (0, 0)
+        assert tokenizer.decode(request.token_ids[start:stop].tolist()) == "a red car"
+        assert (
+            request.sample.length == len(request.token_ids) and request.target_grid == request.sample.segments[1].grid
+        )
+
+
+def test_files_keep_pixels_and_prompt(tmp_path: Path) -> None:
+    ramp = torch.linspace(-1.5, 1.5, 32).expand(3, 9, 32, 32)
+    frames = to_frames(ramp)
+    assert frames.shape == (9, 32, 32, 3) and frames[0, 0, 0, 0] == 0 and frames[0, 0, -1, 0] == 255
+    write_png(tmp_path / "a.png", frames[0], "ein Käfer")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.text["prompt"] == "ein Käfer"  # type: ignore[attr-defined]
+        assert np.array_equal(np.asarray(picture), frames[0])
+    write_mp4(tmp_path / "a.mp4", frames, 12.0, "a car")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == "a car"
+        decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    assert len(decoded) == 9 and np.abs(decoded[4].astype(int) - frames[4]).mean() < 6
+    sheet = contact_sheet([(frames, "a long caption that has to be wrapped"), (frames[:1], "short")], columns=2)
+    assert sheet.width == 2 * (3 * 32 + 8) and sheet.height > 32 + 12
+
+
+@pytest.fixture
+def trained(command: Commander, tiny_run: TinyRun, tmp_path: Path) -> str:
+    """Options of a run of one step and its export."""
+    line = f"train --config {tiny_run.config} training.run_dir=run training.train_iters=1"
+    pictures = "preview.captions=[a,b] preview.height=32 preview.width=32 preview.steps=2"
+    assert command(f"{line} {pictures}", folder=tmp_path).code == 0
+    assert command("convert_checkpoint export-lance run out", folder=tmp_path).code == 0
+    return f"--config {tmp_path}/run/config.yaml --weights {tmp_path}/out"
+
+
+def test_sampling_from_an_export_and_judging(command: Commander, trained: str, tmp_path: Path) -> None:
+    (event_file,) = (tmp_path / "run" / "tensorboard").glob("events*")
+    assert b"preview/a" in event_file.read_bytes() and b"PNG" in event_file.read_bytes()
+    scenes = [random_scene(np.random.Generator(np.random.Philox(i)), moves=i == 1) for i in range(2)]
+    rows = [
+        {"task": task, "caption": caption(scene, 0), "expected": scene.attributes}
+        for task, scene in zip(("t2i", "t2v"), scenes, strict=True)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = "--prompts prompts.jsonl --size 64x64 --frames 5 --steps 2 --batch 2"
+    done = command(f"sample {trained} {options} --out samples", folder=tmp_path)
+    assert done.code == 0, done.err
+    written = [json.loads(line) for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in written] == ["0000.png", "0001.mp4"]
+    assert (tmp_path / "samples" / "contact_sheet.png").is_file()
+    again = command(f"sample {trained} {options} --out again --batch 1", folder=tmp_path)
+    assert again.code == 0, again.err
+    first, second = (np.asarray(Image.open(tmp_path / d / "0000.png")).astype(int) for d in ("samples", "again"))
+    assert np.abs(first - second).max() <= 1  # the same sample whatever it is batched with
+
+    judged = command("judge_demo samples --json score.json", folder=tmp_path)
+    assert judged.code == 0 and "t2i: 1 held-out captions: colour" in judged.out, judged.err
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert score["t2v"]["samples"] == 1 and score["t2i"]["chance"]["colour"] == pytest.approx(1 / 6)
+
+
+def test_the_judge_scores_what_it_sees(command: Commander, tmp_path: Path) -> None:
+    scene: Scene = random_scene(np.random.Generator(np.random.Philox(5)), moves=False)
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    write_png(folder / "0000.png", draw(scene, 64, 1)[0], "x")
+    wrong = {**scene.attributes, "colour": "red" if scene.attributes["colour"] != "red" else "blue"}
+    write_png(folder / "0001.png", draw(scene, 64, 1)[0], "x")
+    rows = [{"task": "t2i", "file": f"000{i}.png", "expected": e} for i, e in enumerate((scene.attributes, wrong))]
+    (folder / "samples.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert command("judge_demo samples --json s.json", folder=tmp_path).code == 0
+    right = json.loads((tmp_path / "s.json").read_text())["t2i"]["right"]
+    assert right == {"colour": 0.5, "shape": 1.0, "position": 1.0, "all": 0.5}
+    assert "has no samples.jsonl" in command("judge_demo .", folder=tmp_path).err
+
+
+def test_mistakes_in_sampling(command: Commander, trained: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"caption": "a"}\n{"text": "b"}\n')
+    (tmp_path / "task.jsonl").write_text('{"caption": "a", "task": "i_edit"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "taken").mkdir()
+    for options, message in {
+        "--prompt a --size 64 --out new": "--size '64': must be HxW",
+        "--prompt a --size 60x64 --out new": "multiples of 16",
+        "--prompt a --size 64x64 --frames 4 --out new": "--frames 4: must be 4k+1",
+        "--prompt a --size 64x64 --frames 401 --out new": "exceeds the model's position table",
+        "--prompt a --size 64x64 --out taken": "--out taken: exists",
+        "--prompts nowhere.jsonl --size 64x64 --out new": "there is no such file",
+        "--prompts bad.jsonl --size 64x64 --out new": "bad.jsonl line 2: is no object with a caption",
+        "--prompts task.jsonl --size 64x64 --out new": "task 'i_edit'; this tool samples t2i and t2v",
+        "--prompts empty.jsonl --size 64x64 --out new": "is empty",
+        "--prompt a --size 64x64 --out new data.tokenizer=''": "data.tokenizer '': is not set",
+    }.items():
+        outcome = command(f"sample {trained} {options}", folder=tmp_path)
+        assert outcome.code == 2 and message in outcome.err, (options, outcome.err)
+    assert not (tmp_path / "new").exists()
