@@ -21,13 +21,22 @@ EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("**/*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_print_config_of_every_example_round_trips(path: Path, command: Commander, tmp_path: Path) -> None:
-    printed = command(f"train --config {path} --print-config training.train_iters=7000 data.sources='[]'")
+    world = f"--world-size {load_config([str(path)]).parallel.tensor_model_parallel_size}"  # the examples' smallest
+    printed = command(f"train --config {path} --print-config {world} training.train_iters=7000 data.sources='[]'")
     assert (printed.code, printed.err) == (0, "")
     copy = tmp_path / "copy.yaml"
     copy.write_text(printed.out, encoding="utf-8")
     resolved = load_config([str(path)], ["training.train_iters=7000", "data.sources=[]"])
     assert load_config([str(copy)]) == resolved
-    assert command(f"train --config {copy} --print-config").out == printed.out
+    assert command(f"train --config {copy} --print-config {world}").out == printed.out
+
+
+def test_a_world_size_is_only_described(command: Commander, tiny_run: TinyRun) -> None:
+    wide = f"train --config {tiny_run.config} parallel.tensor_model_parallel_size=2"
+    described = command(f"{wide} --dry-run --world-size 4")
+    assert described.code == 0 and "each tp rank" in described.out, described.err
+    refused = command(f"{wide} --world-size 4")
+    assert refused.code == 2 and "--world-size: describes a run; add --dry-run or --print-config" in refused.err
 
 
 def test_later_files_and_overrides_win_in_print_config(command: Commander, tiny_run: TinyRun, tmp_path: Path) -> None:
