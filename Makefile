@@ -1,4 +1,5 @@
-# Targets: env (makes .venv), demo, test, lint, type, format.
+# Targets: env (makes .venv), demo, test, equivalence (all layouts against one rank), torture (kills a run 20 times),
+# lint, type, format.
 #
 # torch: on Linux without nvidia-smi the CPU build is demanded by name, so that pip never fetches CUDA libraries.  pip
 # must then be able to see it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, or PIP_FIND_LINKS=<folder with
@@ -13,14 +14,15 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: env demo test lint type format
+.PHONY: env demo test torture equivalence lint type format
 
 env: $(STAMP)
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py constraints.txt $(wildcard kernels/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt "$(TORCH)" -e ".[dev]" \
 		|| { echo "make env: pip failed; if it found no $(TORCH), see the top of the Makefile" >&2; exit 1; }
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: env
@@ -28,6 +30,9 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest
+
+torture: env
+	$(BIN)/python -m tests.torture.torture --kills 20
 
 lint: env
 	$(BIN)/ruff check .
@@ -39,3 +44,6 @@ type: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+equivalence: env
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 8 tools/check_equivalence.py

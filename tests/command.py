@@ -18,12 +18,14 @@ import torch.distributed as dist
 from megatron_lance.config.errors import run_command
 from megatron_lance.parallel import groups
 from megatron_lance.training import train
-from tools import check_parity, convert_checkpoint, inspect_pack, judge_demo, prepack, sample
+from tools import bench, check_equivalence, check_parity, convert_checkpoint, inspect_pack, judge_demo, prepack, sample
 
 COMMANDS: dict[str, Callable[[], int]] = {
     "train": train.main,
     "prepack": prepack.main,
     "inspect_pack": inspect_pack.main,
+    "bench": bench.main,
+    "check_equivalence": check_equivalence.main,
     "check_parity": check_parity.main,
     "convert_checkpoint": convert_checkpoint.main,
     "sample": sample.main,

@@ -160,5 +160,5 @@ def make_tiny_run(folder: Path) -> TinyRun:
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     run = TinyRun(folder, config)
     loaded = run.load()
-    prepack(loaded.data, loaded.model, loaded.training.seed, progress=False)
+    prepack(loaded.data, loaded.model, loaded.training.seed, loaded.training.global_batch_size, progress=False)
     return run

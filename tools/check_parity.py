@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from megatron_lance.checkpoint.hf_lance import TensorSource, gather_public, global_parameters
+from megatron_lance.checkpoint.hf_lance import TensorSource
 from megatron_lance.config.errors import run_command
 from megatron_lance.config.logs import set_up_logging
-from megatron_lance.config.schema import DataConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.config.schema import DataConfig, OpsConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.packing.layout import PADDING, Layout
@@ -35,7 +34,9 @@ from megatron_lance.parallel.groups import Groups
 from megatron_lance.parity.compare import Difference, Probe, activations, gradients, structure
 from megatron_lance.parity.golden import GoldenCase, GoldenConfig, case_files, load_case, load_config
 from megatron_lance.parity.sampling import check_sampling, sampling_files
+from megatron_lance.sampling.passes import ModelPasses
 from megatron_lance.sampling.velocity import ModelVelocity
+from megatron_lance.training.gradients import public_gradients
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
 
@@ -53,20 +54,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument("--vpp", type=int, default=None, help="model chunks per pipeline rank")
     parser.add_argument("--attention", default="sdpa", help="attention backend: sdpa or dense")
+    parser.add_argument("--mape", default="auto", help="QK-norm and rotation: auto, fused or reference")
+    parser.add_argument("--uncached", action="store_true", help="--sampling without the cache of the clean context")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every difference there")
     parser.add_argument("--verbose", action="store_true", help="a line per quantity")
     return parser.parse_args()
-
-
-def _our_gradients(trainee: Trainee, config: GoldenConfig) -> dict[str, torch.Tensor]:
-    """Gradients of all parameters by public key, from all stages; a collective of the whole world."""
-    parameters = global_parameters(trainee.stages)
-    own = ((name, parameter.main_grad) for name, parameter in parameters)  # type: ignore[attr-defined]
-    group = parallel_state.get_tensor_model_parallel_group()
-    public = {key: grad.float().cpu() for key, grad in gather_public(own, config.model, group)}
-    stages: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(stages, public)
-    return {key: grad for stage in stages if stage is not None for key, grad in stage.items()}
 
 
 def check_case(case: GoldenCase, config: GoldenConfig, trainee: Trainee, groups: Groups) -> list[Difference]:
@@ -84,17 +76,17 @@ def check_case(case: GoldenCase, config: GoldenConfig, trainee: Trainee, groups:
         tp_rank=groups.tp_rank,
     ).to(groups.device, torch.float32)
     copies = 2 * groups.pp if trainee.config.virtual_pipeline_model_parallel_size else 1
-    counts = LossCounts(copies * case.pack.ce_rows, copies * case.pack.velocity_rows)
+    counts = LossCounts.of([case.pack] * copies)
     region = layout.region_tokens(Expert.UND, groups.cp_rank)
     ce_tokens = region[batch.ce_rows.cpu().numpy()]
     ce_tokens[batch.ce_weights.cpu().numpy() == 0] = PADDING
     probe = Probe(layout, groups.cp_rank, groups.tp_rank)
     with probe.watch(trainee.stages, ce_tokens):
-        forward_backward(trainee, [batch] * copies, counts, config.objective, groups)
+        forward_backward(trainee, [batch] * copies, counts, config.objective, groups, broken=0)
     return [
         *structure(case, config.model.latent_position_size),
         *activations(case, probe.collect(), config.model.num_layers),
-        *gradients(case, _our_gradients(trainee, config)),
+        *gradients(case, public_gradients(trainee, config.model)),
     ]
 
 
@@ -119,6 +111,7 @@ def _start(arguments: argparse.Namespace, config: GoldenConfig, folder: Path) ->
     )
     run = RunConfig(
         model=replace(config.model, attention_backend=arguments.attention),
+        ops=OpsConfig(mape=arguments.mape),
         parallel=parallel,
         data=DataConfig(max_seconds_generation=0.1),
         training=TrainingConfig(precision="float32", global_batch_size=arguments.pp),
@@ -137,7 +130,7 @@ def main() -> int:
     config = load_config(folder)
     files = case_files(folder) if arguments.golden else sampling_files(folder)
     trainee, groups = _start(arguments, config, folder)
-    velocity = ModelVelocity(trainee.stages, config.model, groups, ALIGNMENT)
+    velocity = ModelVelocity(ModelPasses(trainee.stages, config.model, groups, ALIGNMENT), not arguments.uncached)
     results: dict[str, list[Difference]] = {}
     for path in files:
         try:

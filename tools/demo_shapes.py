@@ -28,7 +28,7 @@ COLOURS = {
 }
 """R, G, B; at least 40 degrees of hue apart."""
 SHAPES = ("circle", "square", "triangle")
-TRAVEL = 0.24
+TRAVEL = 0.22
 """Distance of the outer positions from the centre; a moving shape crosses twice as much."""
 POSITIONS = {
     "left": (-TRAVEL, 0.0),
@@ -72,7 +72,7 @@ _MAX_SHARE = 0.35  # of the frame that an object may cover
 _MIN_MATCH = 0.7  # cosine with the template of the best shape
 _MAX_DISTANCE = 0.2  # from the nearest position
 _MIN_MOVE = 0.15  # of a clip's object over the clip
-_WINDOW = 0.25  # half side of the window that follows the object
+_WINDOW = 0.28  # half side of the window that follows the object
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def random_scene(rng: np.random.Generator, moves: bool) -> Scene:
         shape=str(rng.choice(SHAPES)),
         place=str(rng.choice(list(DIRECTIONS if moves else POSITIONS))),
         moves=moves,
-        radius=float(rng.uniform(0.15, 0.185)),
-        offset=(float(rng.uniform(-0.03, 0.03)), float(rng.uniform(-0.03, 0.03))),
+        radius=float(rng.uniform(0.19, 0.21)),
+        offset=(float(rng.uniform(-0.02, 0.02)), float(rng.uniform(-0.02, 0.02))),
         background=(grey, min(255, grey + int(rng.integers(-4, 5))), min(255, grey + int(rng.integers(-4, 5)))),
     )
 

@@ -59,7 +59,6 @@ _README = """Coloured shapes: the data set of the demo, made by tools/make_demo_
 tokenizer/      byte-level BPE of at most {vocab} tokens, trained on the texts of these rows
 heldout.jsonl   prompts to test a model with, and what it should make of them; media paths start at this folder.
                 Each wants a (colour, shape, place) that no training row shows or names
-heldout_generation.jsonl  those of its rows that need no media: text to picture, text to clip
 media/          the media of the first rows, to look at; media/heldout/ holds the inputs of heldout.jsonl
 
 {rows}
@@ -271,7 +270,7 @@ def _combinations(rng: np.random.Generator, moves: bool) -> list[Scene]:
 
 
 def write_heldout(out: Path, seed: int, size: int) -> list[str]:
-    """Write heldout.jsonl, its part without inputs, and its media; returns its captions and questions.
+    """Write heldout.jsonl and its media; returns its captions and questions.
 
     Lines: task, caption, expected (attributes of the target; for questions the answer), media (paths from `out`).
     """
@@ -302,9 +301,7 @@ def write_heldout(out: Path, seed: int, size: int) -> list[str]:
         for scene in _combinations(rng, task == "v2t"):
             ask, answer = question(rng, scene)
             add(task, ask, {"answer": answer}, draw(scene, size))
-    for name, tasks in (("heldout", None), ("heldout_generation", ("t2i", "t2v"))):
-        chosen = [line for line in lines if tasks is None or line["task"] in tasks]
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen), encoding="utf-8")
+    (out / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return [line["caption"] for line in lines]
 
 

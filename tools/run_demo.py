@@ -123,7 +123,7 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
                 *config,
                 *place,
                 f"--weights={out}/export",
-                f"--prompts={out}/data/heldout_generation.jsonl",
+                f"--prompts={out}/data/heldout.jsonl",
                 f"--out={out}/samples",
                 "--size=64x64",
                 "--frames=9",
@@ -131,9 +131,13 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
                 "--shift=2",
                 "--scale=3",
                 "--batch=36",
+                "--max-tokens=24",
             ),
         ),
-        ("score", [*python, "-m", "tools.judge_demo", f"{out}/samples", f"--json={out}/score.json"]),
+        (
+            "score",
+            [*python, "-m", "tools.judge_demo", f"{out}/samples", f"--data={out}/data", f"--json={out}/score.json"],
+        ),
     ]
 
 

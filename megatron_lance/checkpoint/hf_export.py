@@ -1,16 +1,16 @@
 """A checkpoint's weights in the public Hugging Face layout (spec/model.md section 9).
 
-Station: checkpoint -> [export] -> folder with model.safetensors, llm_config.json, generation_config.json and the
-tokenizer's files; `training.init_from` reads such a folder.  One process reads the checkpoint of any layout and writes
-each tensor as it comes.
+Station: checkpoint -> [export] -> folder with model.safetensors (or several files and their index), llm_config.json,
+generation_config.json and the tokenizer's files; `training.init_from` reads such a folder.  One process reads the
+checkpoint of any layout and writes each tensor as it comes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,25 @@ import torch
 from tqdm import tqdm
 
 from megatron_lance.checkpoint.files import partial_folder, publish
-from megatron_lance.checkpoint.hf_lance import Shape, bindings, public_shapes
 from megatron_lance.checkpoint.manifest import Checkpoint
-from megatron_lance.checkpoint.tensors import ModelTensors
+from megatron_lance.checkpoint.public_files import write_folder
+from megatron_lance.checkpoint.view import CheckpointView
 from megatron_lance.config.errors import UserError
-from megatron_lance.config.loader import from_dict
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.data.prompt import IM_END, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
-from megatron_lance.model.embedder import LatentPosition
 from megatron_lance.packing.positions import TEMPORAL_STRIDE
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "llm_config.json"
+TOKENIZER_FOLDER = "tokenizer"
+"""Where an imported checkpoint keeps the tokenizer of the public folder."""
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "chat_template.json chat_template.jinja"
 ).split()
-POSITION_KEY = "latent_pos_embed.pos_embed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+TARGETS = ("image", "video")
+VIDEO_FRAMES = 31
+"""Frames of the position table of the released video model."""
 _MAX_POSITIONS = 128000  # of Qwen2.5-VL-3B; rotary positions have no bound of their own
 
 
@@ -49,17 +49,27 @@ def export_lance(
     out: Path,
     *,
     dtype: str | None = None,
+    target: str | None = None,
+    vit: Path | None = None,
     tokenizer: Path | None = None,
+    max_shard_bytes: int | None = None,
+    ema: bool = False,
     force: bool = False,
     progress: bool = False,
 ) -> None:
     """Write a checkpoint's weights to `out`; the folder appears complete or not at all.
 
+    The largest tensor is in memory once; what is converted or computed is so in small blocks.
+
     Args:
         checkpoint: written on any layout.
         out: folder to make.
         dtype: a key of DTYPES; None keeps the checkpoint's.
-        tokenizer: folder with tokenizer.json; None takes the run's.
+        target: of TARGETS: a position table of one frame, or of 31 or the model's; None: the model's.
+        vit: folder of a bare ViT to add as vit_model.*; None: the one that was imported with the checkpoint, if any.
+        tokenizer: folder with tokenizer.json; None takes the imported one or the run's.
+        max_shard_bytes: of tensors in a file; None: one file.
+        ema: write the averaged weights.
         force: replace an earlier export.
         progress: draw a progress bar on stderr.
 
@@ -68,24 +78,46 @@ def export_lance(
         TokenizerError: if the tokenizer is missing.
     """
     _check_target(out, force)
-    run = from_dict(checkpoint.manifest.config, f"checkpoint '{checkpoint.folder}'")
-    folder = tokenizer or Path(run.data.tokenizer)
-    words = Tokenizer(folder)
-    if words.sha256 != checkpoint.manifest.data.tokenizer_sha256:
-        raise ExportError(f"tokenizer '{folder}': is not the one of the checkpoint; give its folder with --tokenizer")
+    view = CheckpointView(checkpoint, _frames(checkpoint, target), vit, ema)
+    folder = _tokenizer_folder(checkpoint, tokenizer, view.run.data.tokenizer)
+    if dtype is not None:
+        view.specs = {key: replace(spec, dtype=DTYPES[dtype]) for key, spec in view.specs.items()}
+    name = dtype or next(name for name, value in DTYPES.items() if value is view.tensors.dtype)
     partial = partial_folder(out)
-    tensors = ModelTensors(checkpoint.folder)
-    name = dtype or next(name for name, value in DTYPES.items() if value is tensors.dtype)
-    shapes = {**public_shapes(run.model), POSITION_KEY: _position_shape(run.model)}
-    public = tqdm(_public(tensors, run.model), desc="export", unit="tensor", total=len(shapes), disable=not progress)
-    write_safetensors(partial / WEIGHTS_FILE, shapes, DTYPES[name], iter(public))
+    stream = tqdm(view.stream(), desc="export", unit="tensor", total=len(view.specs), disable=not progress)
+    write_folder(partial, view.specs, iter(stream), max_shard_bytes)
     ids = _token_ids(folder)
-    _write_json(partial / CONFIG_FILE, llm_config(run.model, ids, name))
+    model = replace(view.model, latent_position_frames=view.frames)
+    _write_json(partial / CONFIG_FILE, llm_config(model, ids, name))
     _write_json(partial / "generation_config.json", _generation_config(ids))
-    for file in TOKENIZER_FILES:
-        if (folder / file).is_file():
-            shutil.copyfile(folder / file, partial / file)
+    copy_tokenizer(folder, partial)
     publish(partial, out)
+
+
+def _frames(checkpoint: Checkpoint, target: str | None) -> int | None:
+    """Frames of a target's position table (spec/model.md section 1)."""
+    frames: int = checkpoint.manifest.config["model"]["latent_position_frames"]
+    return {None: None, "image": 1, "video": frames if frames > 1 else VIDEO_FRAMES}[target]
+
+
+def _tokenizer_folder(checkpoint: Checkpoint, given: Path | None, of_the_run: str) -> Path:
+    """The folder of the checkpoint's tokenizer."""
+    own = checkpoint.folder / TOKENIZER_FOLDER
+    if given is None and not own.is_dir() and not of_the_run:
+        raise ExportError(f"checkpoint '{checkpoint.folder}': was imported without a tokenizer; give --tokenizer DIR")
+    folder = given or (own if own.is_dir() else Path(of_the_run))
+    expected = checkpoint.manifest.data.tokenizer_sha256
+    if Tokenizer(folder).sha256 != expected and expected:
+        raise ExportError(f"tokenizer '{folder}': is not the one of the checkpoint; give its folder with --tokenizer")
+    return folder
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files into a folder, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
+    for file in TOKENIZER_FILES:
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -93,57 +125,6 @@ def _check_target(out: Path, force: bool) -> None:
         raise ExportError(f"'{out}': exists; give --force to replace it")
     if out.exists() and not (out / CONFIG_FILE).is_file():
         raise ExportError(f"'{out}': exists and holds no {CONFIG_FILE}, so it is no export; name another folder")
-
-
-def _public(tensors: ModelTensors, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every public tensor in the order of `public_shapes`, then the position table."""
-    for name, binding in bindings(model).items():
-        yield from binding.public([tensors.get(name)]).items()
-    yield POSITION_KEY, position_table(model)
-
-
-def _position_shape(model: ModelConfig) -> Shape:
-    return model.latent_position_frames * model.latent_position_size**2, model.hidden_size
-
-
-def position_table(model: ModelConfig) -> torch.Tensor:
-    """The frozen latent position table, float32 [frames * size * size, hidden]."""
-    frames, size = model.latent_position_frames, model.latent_position_size
-    rows = LatentPosition(frames, size, model.hidden_size)
-    table = torch.empty(_position_shape(model))
-    plane = torch.cartesian_prod(torch.arange(size), torch.arange(size))
-    for frame, part in enumerate(table.chunk(frames)):
-        part.copy_(rows(torch.cat([torch.full((size * size, 1), frame), plane], dim=1)))
-    return table
-
-
-def write_safetensors(
-    path: Path, shapes: Mapping[str, Shape], dtype: torch.dtype, tensors: Iterator[tuple[str, torch.Tensor]]
-) -> None:
-    """Write a safetensors file header first, so that one tensor at a time is in memory.
-
-    Args:
-        path: to write.
-        shapes: of all tensors, in the order they come.
-        dtype: of all tensors in the file.
-        tensors: (key, tensor of any dtype).
-
-    Raises:
-        ExportError: if a tensor is not the one that its place calls for.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (key, shape), (found, tensor) in zip(shapes.items(), tensors, strict=True):
-            if (found, tuple(tensor.shape)) != (key, shape):
-                raise ExportError(f"{path}: {found} {tuple(tensor.shape)} came in place of {key} {shape}")
-            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
@@ -172,6 +153,7 @@ def llm_config(model: ModelConfig, ids: Mapping[str, int], dtype: str) -> dict[s
         "image_token_id": ids.get("<|image_pad|>", ids[VIDEO_PAD]),
         "initializer_range": 0.02,
         "intermediate_size": model.ffn_hidden_size,
+        "latent_position_size": model.latent_position_size,
         "max_position_embeddings": _MAX_POSITIONS,
         "max_window_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,

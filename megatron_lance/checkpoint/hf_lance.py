@@ -19,27 +19,20 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from megatron_lance.config.errors import UserError
+from megatron_lance.checkpoint.manifest import checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.public_files import Shape, TensorFolder, check_names
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.lance_model import LanceModel
 from megatron_lance.packing.rng import stream
 
 logger = logging.getLogger(__name__)
 
-Shape = tuple[int, ...]
-
-IGNORED_KEYS = ("latent_pos_embed.pos_embed", "vit_model.")
+POSITION_KEY = "latent_pos_embed.pos_embed"
+VIT_PREFIX = "vit_model."
+IGNORED_KEYS = (POSITION_KEY, VIT_PREFIX)
 """Keys of public checkpoints that this model rebuilds or holds elsewhere."""
-
-SHOWN = 8
-"""Tensors of a kind that an error names before it only counts them."""
-
-
-class CheckpointError(UserError):
-    """Public weights that do not fit the model; names the offending tensors."""
 
 
 class WeightSource(Protocol):
@@ -69,6 +62,11 @@ class Binding:
     split: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     shard_dim: int | None = None
     parts: int = 1
+
+    @property
+    def shape(self) -> Shape:
+        """Of the joined tensor."""
+        return tuple(self.join([torch.empty(shape, device="meta") for shape in self.shapes]).shape)
 
     def local(self, tensors: Sequence[torch.Tensor], tp_rank: int, tp: int) -> torch.Tensor:
         """This tp rank's shard of the joined tensors."""
@@ -139,7 +137,7 @@ def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Bi
     interleave, separate = _interleave_qkv(model.num_query_groups), _separate_qkv(model.num_query_groups, q, kv)
     mlp = f"{public}mlp{suffix}."
 
-    return {
+    table = {
         "input_layernorm.weight": single(f"{public}input_layernorm{suffix}.weight", h),
         "pre_mlp_layernorm.weight": single(f"{public}post_attention_layernorm{suffix}.weight", h),
         "self_attention.linear_qkv.weight": Binding(
@@ -149,13 +147,14 @@ def _layer_bindings(model: ModelConfig, layer: int, suffix: str) -> dict[str, Bi
             tuple(f"{k}.bias" for k in qkv), ((q,), (kv,), (kv,)), interleave, separate, 0
         ),
         "self_attention.linear_proj.weight": single(f"{attention}o_proj{suffix}.weight", h, q, shard_dim=1),
-        "self_attention.q_layernorm.weight": single(f"{attention}q_norm{suffix}.weight", d),
-        "self_attention.k_layernorm.weight": single(f"{attention}k_norm{suffix}.weight", d),
         "mlp.linear_fc1.weight": Binding(
             (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), ((ffn, h), (ffn, h)), _stack, _halves, 0, parts=2
         ),
         "mlp.linear_fc2.weight": single(f"{mlp}down_proj.weight", h, ffn, shard_dim=1),
     }
+    for x in "qk" if model.qk_norm else "":
+        table[f"self_attention.{x}_layernorm.weight"] = single(f"{attention}{x}_norm{suffix}.weight", d)
+    return table
 
 
 def bindings(model: ModelConfig) -> dict[str, Binding]:
@@ -273,39 +272,19 @@ class FolderSource:
     Args:
         folder: holds one or several *.safetensors files with public keys.
         model: sizes the tensors must have.
+        name: what an error calls the folder.
 
     Raises:
         CheckpointError: if there is no such file, or tensors are missing, unknown or misshapen.
     """
 
-    def __init__(self, folder: str | Path, model: ModelConfig) -> None:
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"training.init_from {str(folder)!r}: no *.safetensors file there; give a folder in the public "
-                "Lance layout"
-            )
-        self.files: dict[str, Path] = {}
-        shapes: dict[str, Shape] = {}
-        for file in files:
-            for key, shape in _shapes_in(file).items():
-                self.files[key] = file
-                shapes[key] = shape
-        check_shapes(shapes, model, str(folder))
+    def __init__(self, folder: str | Path, model: ModelConfig, name: str = "") -> None:
+        self.files = TensorFolder(folder, name)
+        check_shapes({key: spec.shape for key, spec in self.files.specs.items()}, model, str(folder))
 
     def get(self, key: str, shape: Shape) -> torch.Tensor:
         """The tensor of `key`."""
-        with safe_open(self.files[key], framework="pt") as handle:
-            return handle.get_tensor(key)
-
-
-def _shapes_in(file: Path) -> dict[str, Shape]:
-    """The shape of every tensor of a safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: is not a readable safetensors file ({error}); copy it again") from error
+        return self.files.get(key)
 
 
 def with_rope_of(model: ModelConfig, folder: str | Path) -> ModelConfig:
@@ -316,15 +295,18 @@ def with_rope_of(model: ModelConfig, folder: str | Path) -> ModelConfig:
 
     Args:
         model: sizes and variants.
-        folder: where weights in the public layout come from; empty for new weights.
+        folder: where weights come from, in the public layout or a checkpoint; empty for new weights.
     """
     if model.rope_inv_freq_dtype is not None:
         return model
     if not str(folder):
         return replace(model, rope_inv_freq_dtype="float32")
     config = Path(folder) / "llm_config.json"
-    named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    dtype = named.get("rope_inv_freq_dtype", "bfloat16")
+    if names_checkpoint(Path(folder)):
+        dtype = checkpoint_at(Path(folder)).manifest.config["model"]["rope_inv_freq_dtype"]
+    else:
+        named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        dtype = named.get("rope_inv_freq_dtype", "bfloat16")
     logger.info("model.rope_inv_freq_dtype is %s, as the weights of %s were trained with", dtype, folder)
     return replace(model, rope_inv_freq_dtype=dtype)
 
@@ -335,21 +317,8 @@ def check_shapes(found: Mapping[str, Shape], model: ModelConfig, where: str) -> 
     Raises:
         CheckpointError: counting missing, unknown and misshapen tensors together and naming the first of each.
     """
-    wanted = public_shapes(model)
-    missing = [key for key in wanted if key not in found]
-    unknown = [key for key in found if key not in wanted and not key.startswith(IGNORED_KEYS)]
-    misshapen = [
-        f"{key}: found {found[key]}, the model needs {shape}"
-        for key, shape in wanted.items()
-        if key in found and found[key] != shape
-    ]
-    problems = [
-        f"{len(items)} {title}: " + "; ".join([*items[:SHOWN], *(["..."] if len(items) > SHOWN else [])])
-        for title, items in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen))
-        if items
-    ]
-    if problems:
-        raise CheckpointError(f"weights of {where} do not fit the model. " + ". ".join(problems))
+    held = {key: shape for key, shape in found.items() if not key.startswith(IGNORED_KEYS)}
+    check_names(public_shapes(model), held, where)
 
 
 class RandomSource:

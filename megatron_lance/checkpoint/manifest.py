@@ -1,10 +1,10 @@
 """What a checkpoint says of itself, and which one a run goes on from.
 
-Station: run folder and configuration -> [manifest] -> store.  A checkpoint is a folder with megatron-core's files and a
-manifest, checkpoint.json, written last: a folder without one, or whose files differ in size from what it says, was
-never finished or was damaged.
+Station: run folder and configuration -> [manifest] -> store.  A checkpoint is a folder with megatron-core's files,
+their digests, and a manifest, checkpoint.json, written last: a folder without one, or whose files differ in size or
+digest from what is written down, was never finished or was damaged.
 
-    <run_dir>/checkpoints/step_00000020/checkpoint.json, ...
+    <run_dir>/checkpoints/step_00000020/checkpoint.json, digests.json, ...
     <run_dir>/checkpoints/latest                              names the newest: step_00000020
 """
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megatron_lance.checkpoint.digests import damaged, files_in, text_digest, write_digests
 from megatron_lance.checkpoint.files import write_text
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.loader import to_dict
@@ -26,20 +27,22 @@ from megatron_lance.config.schema import RunConfig, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "checkpoint.json"
 LATEST_FILE = "latest"
+DP_RESHARDABLE, FULLY_RESHARDABLE, PER_PARAMETER = "dp_reshardable", "fully_reshardable", "per_parameter"
+"""Kinds of an optimizer's state; which loads where is a table in optimizer_state.py."""
 
 # What must not change between a checkpoint and the run that goes on from it, by section; "model" is all of it.
 _COMPUTED_ALIKE = ("attention_backend",)
 _SAME_TRAINING = ("seed", "global_batch_size", "precision")
-_SAME_OPTIMIZER_LAYOUT = (
+_SAME_OPTIMIZER = ("use_distributed_optimizer",)
+_SAME_BUCKETS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
-    "use_distributed_optimizer",
     "overlap_grad_reduce",  # decides how parameters are grouped into buckets
 )
 _OF_THE_RUN = ("training.run_dir", "training.resume", "training.progress", "training.init_from")
@@ -77,7 +80,9 @@ class Manifest:
         broken: pictures and clips found broken so far, [source, file, row, element, cause] each.
         code_version: of this package.
         format: of the folder.
-        files: size in bytes of every other file.
+        files: size in bytes of every other file but digests.json.
+        weights_only: an imported model, without the state of an optimizer.
+        optimizer: kind of the optimizer's state; empty: none.
     """
 
     step: int
@@ -88,19 +93,42 @@ class Manifest:
     code_version: str
     format: int
     files: dict[str, int]
+    weights_only: bool = False
+    optimizer: str = ""
 
     @classmethod
     def of(
-        cls, folder: Path, run: RunConfig, step: int, world_size: int, data: DataIdentity, broken: BrokenMedia
+        cls,
+        folder: Path,
+        run: RunConfig,
+        step: int,
+        world_size: int,
+        data: DataIdentity,
+        broken: BrokenMedia,
+        weights_only: bool = False,
+        optimizer: str = "",
     ) -> Manifest:
         """The manifest of a folder whose other files are complete."""
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        files = {name: (folder / name).stat().st_size for name in files_in(folder)}
         rows = [[*key, cause] for key, cause in sorted(broken.items())]
-        return cls(step, world_size, to_dict(run), data, rows, _code_version(), FORMAT, files)
+        config, version = to_dict(run), _code_version()
+        return cls(step, world_size, config, data, rows, version, FORMAT, files, weights_only, optimizer)
 
-    def write(self, folder: Path) -> None:
-        """Write it; from now on the folder is a complete checkpoint."""
-        write_text(folder / MANIFEST_FILE, json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n")
+    def write(self, folder: Path, digests: Mapping[str, str]) -> None:
+        """Write the digests and the manifest; from now on the folder is a complete checkpoint.
+
+        Args:
+            folder: of the checkpoint.
+            digests: of all its other files, hex by name.
+        """
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        write_digests(folder, {**digests, MANIFEST_FILE: text_digest(text)})
+        write_text(folder / MANIFEST_FILE, text)
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether averaged weights are part of it."""
+        return not self.weights_only and self.config["training"].get("ema_decay", 0.0) > 0.0
 
     @property
     def broken_media(self) -> dict[tuple[str, str, int, str], str]:
@@ -137,7 +165,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's manifest and hold its files against it.
 
     Raises:
-        StoreError: if the folder is missing, has no manifest, is of a newer format, or a file is missing or of
+        StoreError: if the folder is missing, has no manifest, is of another format, or a file is missing or of
             another size.
     """
     path = folder / MANIFEST_FILE
@@ -150,9 +178,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] > FORMAT:
+        if values["format"] != FORMAT:
             raise StoreError(
-                f"checkpoint '{folder}': has format {values['format']}, this program reads up to {FORMAT}; update it"
+                f"checkpoint '{folder}': has format {values['format']}, this program reads {FORMAT}; use version "
+                f"{values['code_version']}, which wrote it"
             )
         manifest = Manifest(**{**values, "data": DataIdentity(**values["data"])})
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -168,6 +197,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
+def check_digests(checkpoint: Checkpoint) -> None:
+    """Hold every file of a checkpoint against its digest.
+
+    Raises:
+        StoreError: naming the files that differ.
+    """
+    if faults := damaged(checkpoint.folder):
+        raise damage(checkpoint, faults)
+
+
+def damage(checkpoint: Checkpoint, faults: Sequence[str]) -> StoreError:
+    """The error of a checkpoint with damaged files."""
+    return StoreError(
+        f"checkpoint '{checkpoint.folder}': is damaged, {'; '.join(faults)}; restore the file or use another "
+        f"checkpoint; {_available(checkpoint.folder.parent)}"
+    )
+
+
 def steps_in(root: Path) -> list[int]:
     """Steps of the folders in `root` that are named as checkpoints, ascending."""
     names = (path.name.removeprefix("step_") for path in root.glob("step_*") if (path / MANIFEST_FILE).is_file())
@@ -179,7 +226,7 @@ def _available(root: Path) -> str:
     return f"'{root}' has steps {', '.join(map(str, steps))}" if steps else f"'{root}' has no checkpoint"
 
 
-def _latest(root: Path) -> Checkpoint | None:
+def _latest(root: Path, damaged_ones: Collection[Path] = ()) -> Checkpoint | None:
     """The checkpoint that `latest` names, or else the complete one with most steps, whatever its folder is called.
 
     A process killed while it replaced a checkpoint may have left the only complete copy under a temporary name.
@@ -189,11 +236,15 @@ def _latest(root: Path) -> Checkpoint | None:
         return None
     problem = f"'{pointer}' is missing"
     if pointer.is_file():
+        named = root / pointer.read_text(encoding="utf-8").strip()
         try:
-            return open_checkpoint(root / pointer.read_text(encoding="utf-8").strip())
+            if named not in damaged_ones:
+                return open_checkpoint(named)
+            problem = f"'{named}' is damaged"
         except StoreError as error:
             problem = str(error)
-    complete = max(_complete(root), key=lambda found: found.manifest.step, default=None)
+    others = (found for found in _complete(root) if found.folder not in damaged_ones)
+    complete = max(others, key=lambda found: found.manifest.step, default=None)
     if complete is None:
         raise StoreError(f"{problem}; no other checkpoint in '{root}' is complete; restore one from a copy")
     logger.warning("%s; going on from '%s' instead", problem, complete.folder)
@@ -209,6 +260,11 @@ def _complete(root: Path) -> Iterator[Checkpoint]:
                 logger.warning("passed over: %s", error)
 
 
+def names_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint or the folder of a run, and not one in the public layout."""
+    return any((path / part).exists() for part in (MANIFEST_FILE, LATEST_FILE, "checkpoints"))
+
+
 def checkpoint_at(path: Path) -> Checkpoint:
     """The checkpoint in a folder, or the latest of a run's folder.
 
@@ -221,8 +277,12 @@ def checkpoint_at(path: Path) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def find_checkpoint(training: TrainingConfig) -> Checkpoint | None:
+def find_checkpoint(training: TrainingConfig, damaged_ones: Collection[Path] = ()) -> Checkpoint | None:
     """The checkpoint that `training.resume` asks for; None for a fresh start.
+
+    Args:
+        training: run folder and choice.
+        damaged_ones: folders that `auto` and `latest` pass over.
 
     Raises:
         StoreError: if it does not exist or is incomplete, or if a fresh start would mix with an earlier run's
@@ -237,7 +297,7 @@ def find_checkpoint(training: TrainingConfig) -> Checkpoint | None:
             )
         return None
     if resume in ("auto", "latest"):
-        latest = _latest(root) if root.is_dir() else None
+        latest = _latest(root, damaged_ones) if root.is_dir() else None
         if latest is None and resume == "latest":
             raise StoreError(
                 f"training.resume 'latest': '{root}' has no checkpoint; set training.resume=auto to start afresh if "
@@ -257,17 +317,26 @@ def check_resumable(checkpoint: Checkpoint, run: RunConfig, data: DataIdentity) 
     Raises:
         StoreError: listing everything that differs.
     """
+    if checkpoint.manifest.weights_only:
+        raise StoreError(
+            f"checkpoint '{checkpoint.folder}': holds weights without the state of a run; start a new run from it with "
+            "training.init_from"
+        )
     old, new = checkpoint.manifest.config, to_dict(run)
     model = [f.name for f in fields(run.model) if f.name not in _COMPUTED_ALIKE]
     same = [f"model.{name}" for name in model] + [f"training.{name}" for name in _SAME_TRAINING]
+    same += [f"parallel.{name}" for name in _SAME_OPTIMIZER]
     remedy = "use the checkpoint's settings"
     problems = _differing(old, new, same)
-    layout = _differing(old, new, [f"parallel.{name}" for name in _SAME_OPTIMIZER_LAYOUT])
-    if layout:
+    layout = _differing(old, new, [f"parallel.{name}" for name in _SAME_BUCKETS])
+    if layout and checkpoint.manifest.optimizer not in (FULLY_RESHARDABLE, PER_PARAMETER):
         problems += layout
+        step = checkpoint.manifest.step
         remedy += (
-            "; the optimizer's state loads on other dp and cp sizes only: to change the rest, write the weights with "
-            "tools/convert_checkpoint.py export-lance and start from them by training.init_from"
+            f"; the optimizer's state, {DP_RESHARDABLE}, loads on other dp and cp sizes only: to change the rest, "
+            f"write it again on its own layout with training.resume={step} training.train_iters={step} "
+            f"training.save_format={FULLY_RESHARDABLE} and go on from that, or start from its weights by "
+            "training.init_from"
         )
     mine = checkpoint.manifest.data
     if data.tokenizer_sha256 != mine.tokenizer_sha256:

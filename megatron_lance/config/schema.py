@@ -21,6 +21,7 @@ class ModelConfig:
     kv_channels: int = 128  # channels per head
     vocab_size: int = 151936  # rows of embedding and LM head; the tokenizer may use fewer
     layernorm_epsilon: float = 1e-6
+    qk_norm: bool = True  # RMSNorm of q and k per head; false: what Qwen2.5-VL computes
     rotary_base: float = 1e6
     mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies per axis (temporal, height, width)
     rope_inv_freq_dtype: str | None = None  # float32 | bfloat16; null: what the weights say, released ones bfloat16
@@ -30,6 +31,13 @@ class ModelConfig:
     latent_position_frames: int = 31  # rows of the frozen position table along time
     latent_position_size: int = 64  # rows of the frozen position table along height and along width
     attention_backend: str = "sdpa"  # sdpa | dense
+
+
+@dataclass(frozen=True)
+class OpsConfig:
+    """Which implementation of an op serves; all compute the same."""
+
+    mape: str = "auto"  # QK-norm and rotation: auto (fused where it can serve) | fused (compiled) | reference (torch)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class ParallelConfig:
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    recompute_granularity: str | None = None  # None | full
+    recompute_granularity: str | None = None  # None | selective | full
+    recompute_modules: tuple[str, ...] = ("core_attn",)  # what selective recomputes: core_attn, layernorm, mlp
     recompute_num_layers: int = 1  # layers per recomputed chunk (uniform)
     region_alignment: int = 8  # rows; each expert region per TP rank is a multiple of it
 
@@ -96,9 +105,14 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     pack_index: str = ""  # folder written by tools/prepack.py
+    facts: str = ""  # folder of what prepack found out about data files, kept between runs; empty: beside pack_index
     epochs: int = 1  # passes over the mixture that prepack plans; training wraps round behind them
     tokenizer: str = ""  # folder with tokenizer.json
     seq_length: int = 50000  # tokens, capacity of a pack (the recipes' max)
+    balance_replicas: int | None = None  # data-parallel size whose cost packs even out; null: half the global batch
+    length_bands: int = 1  # 1: all steps alike; k: each step from one of k bands of length, packs in it more alike
+    planning_window: int = 384  # packs that are formed at a time
+    validation_fraction: float = 0.0  # share of rows, by a hash of their sample id, that training never sees
     vae_resolution: int = 640  # pixels; bucket area is its square
     vit_resolution: int = 616  # pixels
     target_fps: float = 12.0  # frames per second
@@ -118,7 +132,7 @@ class EncoderConfig:
 
     vit_path: str = ""  # folder in the Qwen2.5-VL layout (config.json, safetensors)
     vae: str = "wan"  # wan (diffusers AutoencoderKLWan, Wan2.2) | block_transform (weight-free codec)
-    vae_path: str = ""  # folder in the diffusers layout
+    vae_path: str = ""  # folder in the diffusers layout, or the public file Wan2.2_VAE.pth
     posterior: str = "mean"  # mean | sample
     small_vit_hidden: int = 32  # channels of the small random ViT
     small_vit_depth: int = 2  # blocks of the small random ViT
@@ -161,12 +175,17 @@ class TrainingConfig:
     micro_batch_size: int = 1  # packs per micro-batch; a pack is a micro-batch, so always 1
     seed: int = 1234
     precision: str = "bf16"  # float32 | bf16 (float32 main weights and gradients)
-    init_from: str = ""  # folder in the public Lance layout; empty: random by (seed, parameter name)
+    init_from: str = ""  # folder in the public Lance layout, or a checkpoint; empty: random by (seed, parameter name)
     run_dir: str = "runs/default"  # everything a run writes
     log_interval: int = 1  # steps
     max_nonfinite_steps: int = 3  # steps in a row whose loss or gradients may be not finite before the run ends
     save_interval: int = 0  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: int = 0  # newest checkpoints that are kept; 0: all
+    keep_last: int = 0  # newest checkpoints that are kept; 0: all
+    keep_every: int = 0  # steps; checkpoints of its multiples are kept beside the newest; 0: none
+    async_save: bool = False  # write checkpoints in the background while training goes on
+    save_format: str = "dp_reshardable"  # of the optimizer's state | fully_reshardable: loads on other tp and pp too
+    fully_reshardable_every: int = 0  # steps; checkpoints of its multiples are fully reshardable; 0: none
+    ema_decay: float = 0.0  # of a float32 running average of the weights, per step, below 1; 0: no average
     resume: str | int = (
         ""  # empty: start afresh | auto: the latest if there is one | latest | a step | a checkpoint's folder
     )
@@ -184,6 +203,7 @@ class PreviewConfig:
     steps: int = 30  # Euler steps
     shift: float = 3.5  # timestep shift of the sampler
     scale: float = 4.0  # guidance scale
+    ema: bool = False  # draw with the averaged weights
 
 
 @dataclass(frozen=True)
@@ -191,6 +211,7 @@ class RunConfig:
     """A whole run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)

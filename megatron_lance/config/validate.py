@@ -18,7 +18,8 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "model.rope_inv_freq_dtype": (None, "float32", "bfloat16"),
     "model.mape": ("release", "paper", "none"),
     "model.attention_backend": ("sdpa", "dense"),
-    "parallel.recompute_granularity": (None, "full"),
+    "ops.mape": ("auto", "fused", "reference"),
+    "parallel.recompute_granularity": (None, "selective", "full"),
     "data.frame_sampling": ("release", "trim"),
     "data.decode": ("host", "mixed"),
     "encoders.vae": ("wan", "block_transform"),
@@ -27,6 +28,7 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "objective.timestep_distribution": ("logit_normal", "uniform"),
     "optimizer.lr_decay_style": ("constant", "cosine"),
     "training.precision": ("float32", "bf16"),
+    "training.save_format": ("dp_reshardable", "fully_reshardable"),
 }
 _POSITIVE = (
     "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_query_groups "
@@ -34,7 +36,7 @@ _POSITIVE = (
     "model.latent_channels model.latent_position_frames model.latent_position_size "
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size "
     "parallel.recompute_num_layers parallel.region_alignment "
-    "data.epochs data.seq_length data.target_fps data.max_seconds_generation "
+    "data.epochs data.seq_length data.length_bands data.planning_window data.target_fps data.max_seconds_generation "
     "data.max_seconds_understanding data.decode_threads "
     "encoders.small_vit_hidden encoders.small_vit_depth encoders.small_vit_heads "
     "objective.timestep_shift optimizer.adam_eps "
@@ -42,9 +44,12 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
-    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval training.keep_checkpoints"
+    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval "
+    "training.keep_last training.keep_every training.fully_reshardable_every"
 ).split()
-_PROBABILITIES = ("data.caption_dropout", "data.condition_dropout")
+MAX_FUSED_CHANNELS = 256
+_RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
+_PROBABILITIES = ("data.caption_dropout", "data.condition_dropout", "data.validation_fraction")
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -63,11 +68,14 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_layer_split(config),
         *_recompute(config),
         *_model(config.model),
+        *_ops(config),
         *_tensor_split(config.model, config.parallel),
         *_video_length(config.data, config.model),
         *_sources(config.data),
+        *_balance(config.data, config.training.global_batch_size),
         *_small_vit(config),
         *_optimizer(config.optimizer, config.training.train_iters),
+        *_average(config),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -96,9 +104,13 @@ def _values(config: RunConfig) -> Iterator[str]:
     for field in _PROBABILITIES:
         if not 0 <= (value := _number(config, field)) <= 1:
             yield f"{field} = {value}: is a probability; set a value from 0 to 1"
-    for field in ("optimizer.adam_beta1", "optimizer.adam_beta2"):
+    for field, usual in (
+        ("optimizer.adam_beta1", "the recipes use 0.9"),
+        ("optimizer.adam_beta2", "the recipes use 0.95"),
+        ("training.ema_decay", "usual is 0.9999, and 0 turns it off"),
+    ):
         if not 0 <= (value := _number(config, field)) < 1:
-            yield f"{field} = {value}: must be at least 0 and below 1; the recipes use 0.9 and 0.95"
+            yield f"{field} = {value}: must be at least 0 and below 1; {usual}"
     for field, least, cell in (("data.vae_resolution", 32, 16), ("data.vit_resolution", 37, 28)):
         if (value := _number(config, field)) < least:
             yield f"{field} = {value}: must be at least {least} for every bucket to hold a {cell}-pixel cell; raise it"
@@ -178,8 +190,14 @@ def _layer_split(config: RunConfig) -> Iterator[str]:
 
 
 def _recompute(config: RunConfig) -> Iterator[str]:
-    """Recomputed chunks must fill every model chunk."""
+    """Recomputed modules must exist; recomputed chunks must fill every model chunk."""
     p, layers = config.parallel, config.model.num_layers
+    unknown = [module for module in p.recompute_modules if module not in _RECOMPUTE_MODULES]
+    if unknown or not p.recompute_modules:
+        yield (
+            f"parallel.recompute_modules = {list(p.recompute_modules)}: must be some of "
+            f"{', '.join(_RECOMPUTE_MODULES)}; for no recompute set parallel.recompute_granularity=null"
+        )
     if p.recompute_granularity != "full":
         return
     ends = [n for n in (p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage) if n is not None]
@@ -207,6 +225,18 @@ def _model(m: ModelConfig) -> Iterator[str]:
             f"model.mrope_section = {list(m.mrope_section)}: must be three counts (temporal, height, width) with "
             f"2 x sum = model.kv_channels {m.kv_channels}, but 2 x sum = {2 * sum(m.mrope_section)}; change one of them"
         )
+
+
+def _ops(config: RunConfig) -> Iterator[str]:
+    """What a compiled op can do."""
+    channels = config.model.kv_channels
+    if config.ops.mape == "fused" and (channels % 8 or channels > MAX_FUSED_CHANNELS):
+        yield (
+            f"ops.mape = fused: model.kv_channels {channels} is no multiple of 8 up to {MAX_FUSED_CHANNELS}; choose "
+            "another head size or set ops.mape=auto"
+        )
+    if config.ops.mape == "fused" and not config.model.qk_norm:
+        yield "ops.mape = fused: norms and rotates in one, but model.qk_norm = false has no norm; set ops.mape=auto"
 
 
 def _tensor_split(m: ModelConfig, p: ParallelConfig) -> Iterator[str]:
@@ -242,6 +272,16 @@ def _sources(d: DataConfig) -> Iterator[str]:
         yield "data.sources: every weight is 0; give at least one source a positive weight"
 
 
+def _balance(d: DataConfig, global_batch_size: int) -> Iterator[str]:
+    """The data-parallel size that packs are balanced for."""
+    replicas = d.balance_replicas
+    if replicas is not None and (replicas < 1 or global_batch_size % replicas):
+        yield (
+            f"data.balance_replicas = {replicas}: must divide training.global_batch_size {global_batch_size}; set the "
+            "data-parallel size of the run, or null"
+        )
+
+
 def _small_vit(config: RunConfig) -> Iterator[str]:
     """The small random ViT: its rotary embedding halves a head once per image axis."""
     e = config.encoders
@@ -250,6 +290,15 @@ def _small_vit(config: RunConfig) -> Iterator[str]:
             f"encoders.small_vit_hidden = {e.small_vit_hidden}: must be divisible by 4 x encoders.small_vit_heads "
             f"{e.small_vit_heads}; change one of them"
         )
+
+
+def _average(config: RunConfig) -> Iterator[str]:
+    """The running average of the weights: sharded as the distributed optimizer is."""
+    decay = config.training.ema_decay
+    if decay and not config.parallel.use_distributed_optimizer:
+        yield f"training.ema_decay = {decay}: needs parallel.use_distributed_optimizer; set that true or this 0"
+    if config.preview.ema and not decay:
+        yield "preview.ema = True: needs averaged weights; set training.ema_decay, for example 0.9999, or this false"
 
 
 def _optimizer(o: OptimizerConfig, train_iters: int) -> Iterator[str]:

@@ -78,17 +78,19 @@ class ClipPackets:
 def probe(data: bytes) -> MediaInfo:
     """Kind, size, frame count and rate of a picture or clip (spec/data.md section 3).
 
-    A picture is decoded (it is cheap and finds truncation); of a clip every packet is read, none is decoded.
+    Only headers are read, and that the end is there: nothing is decoded.  A clip without a whole table of its packets
+    is read packet by packet.
 
     Raises:
         MediaError: if the bytes are empty, unreadable, truncated, or hold no video stream.
     """
-    image = _open_image(data)
+    image = None if _is_mp4(data) else _open_image(data)
     if image is not None:
-        _load(image)
+        if not _has_end(image, data):
+            raise MediaError(f"truncated {image.format} image of {image.width}x{image.height}: its end is missing")
         return MediaInfo("image", image.width, image.height, 1, 0.0)
     with _open_video(data) as (container, stream):
-        n_frames = len(_display_order(_demux(container, stream)))
+        n_frames = _listed_frames(container, stream, len(data)) or len(_display_order(_demux(container, stream)))
         if not stream.average_rate:
             raise MediaError("video stream has no frame rate")
         return MediaInfo("video", stream.width, stream.height, n_frames, float(stream.average_rate))
@@ -141,6 +143,10 @@ def cut_packets(data: bytes, frames: tuple[int, ...]) -> ClipPackets:
         )
 
 
+def _is_mp4(data: bytes) -> bool:
+    return data[4:8] == b"ftyp"
+
+
 def _open_image(data: bytes) -> Image.Image | None:
     """The picture, its pixels not yet read, or None if the bytes do not begin like one."""
     if not data:
@@ -151,6 +157,15 @@ def _open_image(data: bytes) -> Image.Image | None:
         return None
     except _IMAGE_ERRORS as error:
         raise MediaError(f"unreadable image: {error}") from error
+
+
+def _has_end(image: Image.Image, data: bytes) -> bool:
+    """Whether a picture's end mark is there: of a JPEG behind its last scan, for a preview has one too."""
+    if image.format == "JPEG":
+        return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if image.format == "PNG":
+        return b"IEND" in data[-4096:]
+    return int.from_bytes(data[4:8], "little") + 8 <= len(data)
 
 
 def _load(image: Image.Image) -> None:
@@ -178,7 +193,11 @@ def _open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The first video stream; FFmpeg errors inside the block become MediaErrors."""
     try:
         with av.open(
-            io.BytesIO(data), "r", options={"format_whitelist": VIDEO_FORMATS}, metadata_errors="ignore"
+            io.BytesIO(data),
+            "r",
+            format="mov" if _is_mp4(data) else None,  # so that FFmpeg need not try its demuxers
+            options={"format_whitelist": VIDEO_FORMATS},
+            metadata_errors="ignore",
         ) as container:
             if not container.streams.video:
                 raise MediaError(f"no video stream in the {container.format.name} file")
@@ -190,8 +209,20 @@ def _open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.thread_count = 1  # clips are decoded side by side instead
             yield container, stream
     except av.FFmpegError as error:
-        hint = "; an MP4 file that is truncated or has no moov atom" if data[4:8] == b"ftyp" else ""
+        hint = "; an MP4 file that is truncated or has no moov atom" if _is_mp4(data) else ""
         raise MediaError(f"unreadable or broken video of {len(data)} bytes: {error.strerror}{hint}") from error
+
+
+def _listed_frames(container: InputContainer, stream: VideoStream, length: int) -> int:
+    """Displayable frames by the packet table of an MP4 file of `length` bytes; 0 if it has none that is whole."""
+    if not container.format.name.startswith("mov") or len(stream.index_entries) != stream.frames:
+        return 0  # fragments, or an edit list that repeats or leaves out packets
+    shown = 0
+    for entry in stream.index_entries:
+        if entry.pos + entry.size > length:
+            raise MediaError("truncated video: a packet is incomplete")
+        shown += not entry.is_discard
+    return shown
 
 
 def _pts(packet: av.Packet) -> int:

@@ -58,7 +58,7 @@ def mix(sources: Sequence[MixtureSource], seed: int, epochs: int = 1) -> Iterato
     if epochs < 1:
         raise ConfigError(f"data.epochs {epochs}: must be at least 1")
     for source in sources:
-        if source.rows < 1:
+        if source.rows < 1 and source.weight > 0.0:
             raise ConfigError(f"data.sources {source.name}: has no rows; remove it or give it data")
         if not source.weight >= 0.0:
             raise ConfigError(f"data.sources {source.name}.weight {source.weight}: must not be negative")

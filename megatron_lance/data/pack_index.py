@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from megatron_lance.data.facts import RowFacts
 from megatron_lance.data.pack_index_format import (
+    BATCH,
     INDEX_FILE,
     PACKS_FILE,
     PACKS_SCHEMA,
+    SAMPLES_FILE,
+    SAMPLES_SCHEMA,
     VERSION,
     PackIndexError,
     PlannedRow,
     differences,
     digest,
-    row_from_values,
 )
-from megatron_lance.data.tasks import MediaItem
-from megatron_lance.packing.sample import Pack
+from megatron_lance.data.sample_plan import Place, Sizing, plan_sample
+from megatron_lance.data.tasks import Dropout, MediaItem
+from megatron_lance.packing.sample import Pack, Task
 
 RECENT_PACKS = 256
 """Packs kept as values; a step asks for each of its packs several times."""
@@ -47,6 +48,7 @@ class PlannedPack:
         rows: where each sample comes from.
         media: one item per visual segment, in pack order.
         mask_pairs: allowed (query, key) pairs of all samples.
+        cost: work of a layer, in mask pairs.
     """
 
     number: int
@@ -54,6 +56,7 @@ class PlannedPack:
     rows: tuple[PlannedRow, ...]
     media: tuple[MediaItem, ...]
     mask_pairs: int
+    cost: int
 
     @cached_property
     def known_media(self) -> frozenset[MediaItem]:
@@ -111,18 +114,19 @@ class PackIndex:
         shaping: what shaped it; see `shaping_values`.
         hash: digest of it.
         capacity: tokens of a pack.
-        counts: samples, tokens, unusable rows.
+        counts: packs, samples, tokens, unusable rows, substituted samples.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any], table: pa.Table) -> None:
+    def __init__(self, folder: Path, header: Mapping[str, Any], packs: _Table, samples: _Table) -> None:
         self.folder = folder
         self.shaping: dict[str, Any] = header["shaping"]
         self.hash: str = header["hash"]
         self.capacity: int = self.shaping["data"]["seq_length"]
         self.counts: dict[str, int] = header["counts"]
-        self._table = table
-        self._starts = np.searchsorted(table["pack"].to_numpy(), np.arange(self.counts["packs"] + 1))
-        self._epoch_stride = int(pc.max(table["epoch"]).as_py()) + 1
+        self._packs, self._samples = packs, samples
+        self._sizing = _sizing(self.shaping)
+        self._sources = [(name, self.shaping["sources"][name]) for name in self.shaping["source_order"]]
+        self._files = [sorted(source["files"]) for _, source in self._sources]
         self._recent = lru_cache(maxsize=RECENT_PACKS)(self._read)
 
     @classmethod
@@ -146,13 +150,13 @@ class PackIndex:
                 raise PackIndexError(
                     f"data.pack_index '{folder}': has version {version}, this program reads {VERSION}; {remedy}{again}"
                 )
-            table = pq.read_table(folder / PACKS_FILE, memory_map=True)
-            damage = _damage(header, table)
+            packs, samples = _Table(folder / PACKS_FILE), _Table(folder / SAMPLES_FILE)
+            damage = _damage(header, packs, samples)
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException, KeyError, TypeError) as error:
             damage = repr(error)
         if damage:
             raise PackIndexError(f"data.pack_index '{folder}': is damaged ({damage}); {again}")
-        return cls(folder, header, table)
+        return cls(folder, header, packs, samples)
 
     def __len__(self) -> int:
         """Planned packs."""
@@ -164,8 +168,11 @@ class PackIndex:
         return int(self.shaping["seed"])
 
     def check(self, shaping: Mapping[str, Any]) -> None:
-        """Raise PackIndexError unless the index was made for these `shaping_values`."""
-        plain = json.loads(json.dumps(shaping))
+        """Raise PackIndexError unless the index was made for these `shaping_values`.
+
+        The global batch size need not agree: it decides which packs were formed together, not what they are.
+        """
+        plain = json.loads(json.dumps(shaping)) | {"global_batch_size": self.shaping["global_batch_size"]}
         differing = differences(self.shaping, plain)
         if differing:
             raise PackIndexError(
@@ -201,24 +208,77 @@ class PackIndex:
 
     def _read(self, number: int) -> PlannedPack:
         lap, at = divmod(number, len(self))
-        start, stop = int(self._starts[at]), int(self._starts[at + 1])
-        table = self._table.slice(start, stop - start)
-        rows = tuple(row_from_values(values, i, lap * self._epoch_stride) for i, values in enumerate(table.to_pylist()))
+        (pack,) = self._packs.rows(at, 1)
+        rows = [
+            self._row(values, i, lap * self.counts["epochs"])
+            for i, values in enumerate(self._samples.rows(pack["start"], pack["samples"]))
+        ]
         return PlannedPack(
             number,
             Pack(tuple(row.sample for row in rows), self.capacity),
-            rows,
+            tuple(rows),
             tuple(item for row in rows for item in row.media),
-            int(pc.sum(table["mask_pairs"]).as_py()),
+            pack["mask_pairs"],
+            pack["mask_pairs"] + round(self.shaping["model"]["token_cost"] * pack["tokens"]),
         )
 
+    def _row(self, values: dict[str, Any], sample_index: int, epoch_offset: int) -> PlannedRow:
+        """A row of samples.arrow as a sample of a pack."""
+        name, source = self._sources[values["source"]]
+        place = Place(name, self._files[values["source"]][values["file"]], values["row"])
+        dropout = Dropout(values["caption_dropped"], tuple(values["conditions_dropped"]))
+        own, stands_for = place.sample_id, values["stands_for"]
+        sample, media = plan_sample(
+            RowFacts.of(values),
+            place,
+            f"{own} for {stands_for}" if stands_for else own,
+            Task(source["task"]),
+            source["frame_conditions"],
+            self._sizing,
+            dropout,
+        )
+        items = tuple(replace(item, sample_index=sample_index) for item in media)
+        epoch = values["epoch"] + epoch_offset
+        return PlannedRow(sample, epoch, place.source, place.file, place.row, dropout, items)
 
-def _damage(header: Mapping[str, Any], table: pa.Table) -> str:
+
+class _Table:
+    """An Arrow file of record batches of BATCH rows, memory-mapped: only the rows asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batch = lru_cache(maxsize=64)(self._file.get_batch)
+        self.schema: pa.Schema = self._file.schema
+        whole = self._file.num_record_batches - 1
+        self.num_rows: int = whole * BATCH + self._batch(whole).num_rows if whole >= 0 else 0
+
+    def rows(self, start: int, count: int) -> list[dict[str, Any]]:
+        """Rows [start, start + count) as dicts."""
+        found: list[dict[str, Any]] = []
+        while count:
+            number, at = divmod(start, BATCH)
+            part = self._batch(number).slice(at, min(count, BATCH - at)).to_pylist()
+            found += part
+            start, count = start + len(part), count - len(part)
+        return found
+
+
+def _sizing(shaping: Mapping[str, Any]) -> Sizing:
+    """The sizes that an index was planned with."""
+    names = [f.name for f in fields(Sizing) if not f.name.startswith("position_")]
+    model = shaping["model"]
+    bounds = {"position_frames": model["latent_position_frames"], "position_size": model["latent_position_size"]}
+    return Sizing(**{name: shaping["data"][name] for name in names}, **bounds)
+
+
+def _damage(header: Mapping[str, Any], packs: _Table, samples: _Table) -> str:
     """What is wrong with an index; empty if nothing is."""
-    if not table.schema.equals(PACKS_SCHEMA):
-        return f"{PACKS_FILE} has columns {', '.join(table.schema.names)} of other types than written"
-    if table.num_rows != header["counts"]["samples"]:
-        return f"{PACKS_FILE} has {table.num_rows} samples, {INDEX_FILE} says {header['counts']['samples']}"
+    for name, table, schema in ((PACKS_FILE, packs, PACKS_SCHEMA), (SAMPLES_FILE, samples, SAMPLES_SCHEMA)):
+        if not table.schema.equals(schema):
+            return f"{name} has columns {', '.join(table.schema.names)} of other types than written"
+        what = name.partition(".")[0]
+        if table.num_rows != header["counts"][what]:
+            return f"{name} has {table.num_rows} {what}, {INDEX_FILE} says {header['counts'][what]}"
     if digest(header["shaping"]) != header["hash"]:
         return f"the values in {INDEX_FILE} hash to {digest(header['shaping'])}, it says {header['hash']}"
     return ""

@@ -1,8 +1,10 @@
 """The pack index on disk: what its files hold, and writing them.
 
-Station: packer -> [pack index format] -> pack index.  In: planned samples in groups.  Out: a folder with index.json
-(version, hash and values of all that shaped the index, counts), packs.parquet (one row per sample, packs one after
-another) and unusable.jsonl (rows left out).
+Station: packer -> [pack index format] -> pack index.  In: planned samples, pack by pack.  Out: a folder with index.json
+(version, hash and values of all that shaped the index, counts), samples.arrow (a row per sample, packs one after
+another: where it comes from, what was dropped, the facts of its row), packs.arrow (a row per pack) and unusable.jsonl
+(rows that cannot be used, each with its cause and its substitutes).  The tables are uncompressed Arrow files, read
+through a memory map.
 """
 
 from __future__ import annotations
@@ -11,44 +13,47 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import DataConfig, ModelConfig
+from megatron_lance.data.facts import FACTS_SCHEMA, RowFacts
 from megatron_lance.data.records import SourceFile
+from megatron_lance.data.sample_plan import Place
+from megatron_lance.data.step_shape import token_cost
 from megatron_lance.data.tasks import Dropout, MediaItem
 from megatron_lance.packing.packer import mask_pairs
-from megatron_lance.packing.sample import Sample, Task
-from megatron_lance.packing.segment import Segment, SegmentKind
+from megatron_lance.packing.sample import Sample
 
-VERSION = 1
+VERSION = 4
+"""Raised whenever the same configuration would give another index."""
 INDEX_FILE = "index.json"
-PACKS_FILE = "packs.parquet"
+PACKS_FILE = "packs.arrow"
+SAMPLES_FILE = "samples.arrow"
 UNUSABLE_FILE = "unusable.jsonl"
+BATCH = 1 << 16
+"""Rows of a record batch of the two tables."""
+RUN_TIME = ("pack_index", "facts", "tokenizer", "decode", "decode_threads")
+"""Fields of the data section that do not shape an index."""
 
 _INT = pa.int32()
-_INTS = pa.list_(_INT)
-_SPAN = pa.struct([("start", _INT), ("stop", _INT)])
-_SEGMENT = pa.struct([("kind", pa.string()), ("length", _INT), ("grid", _INTS), ("clean_frames", _INTS)])
-_MEDIA = pa.struct(
-    [
-        *[("segment_index", _INT), ("element", pa.string()), ("frames", _INTS), ("bucket", _INTS), ("size", _INTS)],
-        ("encoder", pa.string()),
-    ]
-)
 PACKS_SCHEMA = pa.schema(
     [
-        *[("pack", pa.int64()), ("sample_id", pa.string()), ("task", pa.string()), ("epoch", _INT)],
-        *[("source", pa.string()), ("file", pa.string()), ("row", pa.int64())],
-        *[("caption_dropped", pa.bool_()), ("conditions_dropped", _INTS)],
-        *[("segments", pa.list_(_SEGMENT)), ("label_spans", pa.list_(_SPAN)), ("caption_span", _SPAN)],
-        *[("media", pa.list_(_MEDIA)), ("mask_pairs", pa.int64())],
+        *[("start", pa.int64()), ("samples", _INT), ("tokens", _INT), ("mask_pairs", pa.int64())],
+        *[("ce_rows", _INT), ("velocity_rows", _INT)],
+    ]
+)
+SAMPLES_SCHEMA = pa.schema(
+    [
+        *[("source", pa.int16()), ("file", _INT), ("row", pa.int64()), ("epoch", _INT)],
+        *[("caption_dropped", pa.bool_()), ("conditions_dropped", pa.list_(pa.int8())), ("stands_for", pa.string())],
+        *FACTS_SCHEMA,
     ]
 )
 
@@ -62,7 +67,7 @@ class PlannedRow:
     """A sample as the index keeps it.
 
     Attributes:
-        sample: its structure.
+        sample: its structure; a substitute's id names the row it is made of and the unusable one it stands in for.
         epoch: pass over its source; addresses its randomness together with the sample id.
         source, file, row: the record it is made of.
         dropout: what was left out.
@@ -84,6 +89,8 @@ def shaping_values(
     tokenizer_sha256: str,
     seed: int,
     model: ModelConfig,
+    global_batch_size: int | None = None,
+    held_out: bool = False,
 ) -> dict[str, Any]:
     """All that shapes an index, as plain JSON values.
 
@@ -94,10 +101,12 @@ def shaping_values(
         files: of each source, by its name.
         tokenizer_sha256: of tokenizer.json.
         seed: the run's seed.
-        model: bounds of the latent position table.
+        model: bounds of the latent position table, and sizes that the cost of a pack depends on.
+        global_batch_size: packs that are formed together; None where a run with another number may read the index.
+        held_out: whether it holds the rows of data.validation_fraction, and no others.
     """
     data = asdict(config)
-    for name in ("pack_index", "tokenizer", "decode", "decode_threads"):
+    for name in RUN_TIME:
         del data[name]
     sources = {}
     for source in data.pop("sources"):
@@ -105,13 +114,17 @@ def shaping_values(
         source["files"] = {file.name: file.size for file in files[source["name"]]}
         sources[source["name"]] = source
     model_values = {name: getattr(model, name) for name in ("latent_position_frames", "latent_position_size")}
+    model_values["token_cost"] = token_cost(model)
     return {
+        "version": VERSION,
         "data": data,
         "sources": sources,
         "source_order": list(sources),
         "tokenizer": tokenizer_sha256,
         "seed": seed,
         "model": model_values,
+        "global_batch_size": global_batch_size,
+        "held_out": held_out,
     }
 
 
@@ -128,93 +141,123 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: index has {old!r}, run has {new!r}"]
 
 
-def row_to_values(pack: int, row: PlannedRow) -> dict[str, Any]:
-    """A row of packs.parquet."""
-    sample = row.sample
-    span = sample.caption_span
-    return {
-        "pack": pack,
-        "sample_id": sample.sample_id,
-        "task": str(sample.task),
-        "epoch": row.epoch,
-        "source": row.source,
-        "file": row.file,
-        "row": row.row,
-        "caption_dropped": row.dropout.caption,
-        "conditions_dropped": list(row.dropout.conditions),
-        "segments": [asdict(segment) for segment in sample.segments],
-        "label_spans": [{"start": start, "stop": stop} for start, stop in sample.label_spans],
-        "caption_span": None if span is None else {"start": span[0], "stop": span[1]},
-        "media": [{name: getattr(item, name) for name in _MEDIA.names} for item in row.media],
-        "mask_pairs": mask_pairs(sample.segments),
-    }
+@dataclass(frozen=True)
+class IndexRow:
+    """A sample as the index stores it: the facts of a row, and what was drawn for it.
+
+    Attributes:
+        facts: of the row.
+        place: of the row.
+        epoch: pass over its source.
+        dropout: what is left out.
+        stands_for: sample id of the unusable row it stands in for; empty if none.
+    """
+
+    facts: RowFacts
+    place: Place
+    epoch: int
+    dropout: Dropout
+    stands_for: str = ""
+
+    @property
+    def sample_id(self) -> str:
+        """Of the sample; a substitute has one of its own."""
+        return f"{self.place.sample_id} for {self.stands_for}" if self.stands_for else self.place.sample_id
 
 
-def row_from_values(values: Mapping[str, Any], sample_index: int, epoch_offset: int) -> PlannedRow:
-    """The inverse of `row_to_values`."""
-    segments = tuple(
-        Segment(SegmentKind(s["kind"]), s["length"], tuple(s["grid"]) if s["grid"] else None, tuple(s["clean_frames"]))
-        for s in values["segments"]
-    )
-    span = values["caption_span"]
-    sample = Sample(
-        values["sample_id"],
-        Task(values["task"]),
-        segments,
-        tuple((s["start"], s["stop"]) for s in values["label_spans"]),
-        None if span is None else (span["start"], span["stop"]),
-    )
-    where = (values["source"], values["file"], values["row"])
-    media = tuple(
-        MediaItem(
-            *(sample_index, m["segment_index"], *where, m["element"]),
-            *(tuple(m["frames"]), tuple(m["bucket"]), tuple(m["size"]), m["encoder"]),
-        )
-        for m in values["media"]
-    )
-    dropout = Dropout(values["caption_dropped"], tuple(values["conditions_dropped"]))
-    return PlannedRow(sample, values["epoch"] + epoch_offset, *where, dropout, media)
-
-
-def write_index(
-    folder: str | Path,
-    packs: Sequence[Sequence[PlannedRow]],
-    shaping: Mapping[str, Any],
-    unusable: Iterable[Mapping[str, Any]],
-    force: bool = False,
-) -> None:
-    """Write an index; the folder appears complete or not at all.
+class IndexWriter:
+    """Writes an index pack by pack; the folder appears complete, when it is finished, or not at all.
 
     Args:
         folder: to make.
-        packs: samples of each pack, in order.
-        shaping: from `shaping_values`.
-        unusable: rows left out, for unusable.jsonl.
+        files: names of the files of each source, by its name, both in order; samples refer to them by number.
         force: replace an index that is already there.
 
     Raises:
-        PackIndexError: if there is nothing to write, the folder exists and force is not set, or it is no pack index.
+        PackIndexError: if the folder exists and force is not set, or it is no pack index.
     """
-    folder = Path(folder)
-    check_target(folder, force)
-    if not packs:
-        raise PackIndexError(f"data.pack_index '{folder}': no usable sample to pack; see the unusable rows")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        values = [row_to_values(number, row) for number, rows in enumerate(packs) for row in rows]
-        pq.write_table(pa.Table.from_pylist(values, schema=PACKS_SCHEMA), partial / PACKS_FILE, store_schema=True)
+
+    def __init__(self, folder: str | Path, files: Mapping[str, Sequence[str]], force: bool = False) -> None:
+        self._folder = Path(folder)
+        check_target(self._folder, force)
+        self._partial = self._folder.with_name(f".{self._folder.name}.partial-{os.getpid()}")
+        self._sources = {name: number for number, name in enumerate(files)}
+        self._files = {(source, name): i for source, names in files.items() for i, name in enumerate(names)}
+        self._packs: list[dict[str, int]] = []
+        self._samples: list[dict[str, Any]] = []
+        self._counts = {"packs": 0, "samples": 0, "tokens": 0, "epochs": 0}
+
+    def __enter__(self) -> IndexWriter:
+        """Open the two tables."""
+        self._partial.mkdir(parents=True)
+        self._stack = ExitStack()
+        self._stack.callback(shutil.rmtree, self._partial, ignore_errors=True)
+        self._tables = {
+            schema: self._stack.enter_context(pa.ipc.new_file(str(self._partial / name), schema))
+            for name, schema in ((PACKS_FILE, PACKS_SCHEMA), (SAMPLES_FILE, SAMPLES_SCHEMA))
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what is not finished."""
+        self._stack.close()
+
+    def add(self, pack: Sequence[tuple[IndexRow, Sample]]) -> None:
+        """Add the next pack."""
+        samples = [sample for _, sample in pack]
+        tokens = sum(sample.length for sample in samples)
+        self._packs.append(
+            {
+                **{"start": self._counts["samples"], "samples": len(pack), "tokens": tokens},
+                "mask_pairs": sum(mask_pairs(sample.segments) for sample in samples),
+                "ce_rows": sum(sample.ce_rows for sample in samples),
+                "velocity_rows": sum(sample.velocity_rows for sample in samples),
+            }
+        )
+        self._samples += [self._values(row) for row, _ in pack]
+        self._counts["packs"] += 1
+        self._counts["samples"] += len(pack)
+        self._counts["tokens"] += tokens
+        self._counts["epochs"] = max(self._counts["epochs"], *(row.epoch + 1 for row, _ in pack))
+        self._flush(BATCH)
+
+    def _values(self, row: IndexRow) -> dict[str, Any]:
+        place = row.place
+        return {
+            **{"source": self._sources[place.source], "file": self._files[place.source, place.file], "row": place.row},
+            **{"epoch": row.epoch, "caption_dropped": row.dropout.caption, "stands_for": row.stands_for or None},
+            **{"conditions_dropped": row.dropout.conditions, **row.facts.values()},
+        }
+
+    def _flush(self, least: int) -> None:
+        """Write whole batches; what is less than `least` waits."""
+        for schema, rows in ((PACKS_SCHEMA, self._packs), (SAMPLES_SCHEMA, self._samples)):
+            while len(rows) >= least and rows:
+                self._tables[schema].write_batch(pa.RecordBatch.from_pylist(rows[:BATCH], schema=schema))
+                del rows[:BATCH]
+
+    def finish(self, shaping: Mapping[str, Any], unusable: Sequence[Mapping[str, Any]]) -> None:
+        """Write what is left and move the folder into place.
+
+        Args:
+            shaping: from `shaping_values`.
+            unusable: rows that cannot be used, for unusable.jsonl; `substitutes` lists what stands in for each.
+
+        Raises:
+            PackIndexError: if no pack was added.
+        """
+        if not self._counts["packs"]:
+            raise PackIndexError(f"data.pack_index '{self._folder}': no usable sample to pack; see the unusable rows")
+        self._flush(1)
+        for table in self._tables.values():
+            table.close()
         lines = [json.dumps(dict(row), ensure_ascii=False, sort_keys=True) for row in unusable]
-        (partial / UNUSABLE_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        tokens = sum(row.sample.length for rows in packs for row in rows)
-        counts = {"packs": len(packs), "samples": len(values), "tokens": tokens, "unusable": len(lines)}
+        (self._partial / UNUSABLE_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        counts = self._counts | {"unusable": len(lines), "substituted": sum(len(r["substitutes"]) for r in unusable)}
         header = {"version": VERSION, "hash": digest(shaping), "counts": counts, "shaping": shaping}
         text = json.dumps(header, indent=1, sort_keys=True, ensure_ascii=False)
-        (partial / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
-        _replace(partial, folder)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+        (self._partial / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+        _replace(self._partial, self._folder)
 
 
 def check_target(folder: Path, force: bool) -> None:

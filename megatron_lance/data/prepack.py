@@ -1,72 +1,133 @@
 """Prepack: plan all packs of a run from the metadata of its data.
 
-Station: records -> tasks -> mixture -> packer -> [prepack] -> pack index.  In: a configuration.  Out: a pack index on
-disk.  Rows are read once, in file order; a row that cannot be used is reported once with its cause and left out.
+Station: records -> facts -> mixture -> packer -> [prepack] -> pack index.  In: a configuration.  Out: a pack index on
+disk, written as its packs are formed.  A drawn row that cannot be used is named once with its cause, and each draw of
+it gets a usable row of the same source instead, so that epochs keep their sizes and sources their shares.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import DataConfig, ModelConfig
-from megatron_lance.data.media import MediaError, MediaInfo, probe
+from megatron_lance.data.collect import Inquiry, collect
+from megatron_lance.data.facts import FileFacts
 from megatron_lance.data.mixture import Draw, MixtureSource, mix
 from megatron_lance.data.pack_index import PackIndex
-from megatron_lance.data.pack_index_format import PlannedRow, check_target, shaping_values, write_index
+from megatron_lance.data.pack_index_format import IndexRow, IndexWriter, check_target, shaping_values
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.records import DataSetError, Media, Record, RecordError, RecordReader
-from megatron_lance.data.tasks import draw_dropout, plan_sample
-from megatron_lance.packing.packer import pack_lengths
-from megatron_lance.packing.sample import Task
+from megatron_lance.data.records import DataSetError, RecordError, RecordReader
+from megatron_lance.data.sample_plan import Place, Sizing, plan_sample
+from megatron_lance.data.step_shape import step_shape
+from megatron_lance.data.tasks import Dropout, draw_dropout
+from megatron_lance.packing.packer import mask_pairs
+from megatron_lance.packing.rng import stream
+from megatron_lance.packing.sample import Sample, Task
+from megatron_lance.packing.step_balance import IntArray
+from megatron_lance.packing.step_packer import SampleCost, pack_steps
 
 logger = logging.getLogger(__name__)
+
+_TRIES = 64
+"""Rows drawn for a substitute before all are gone through."""
+
+RowKey = tuple[int, int]
+"""Number of a source, and of a row counted over its files."""
 
 
 @dataclass(frozen=True)
 class UnusableRow:
-    """A row left out: where it is, why, and how many samples the mixture had drawn from it."""
+    """A row that cannot be used.
 
-    source: str
-    file: str
-    row: int
+    Attributes:
+        place: where it is.
+        cause: why it cannot be used.
+        substitutes: sample ids taken in its place, one per draw, in the order of the draws.
+    """
+
+    place: Place
     cause: str
-    draws: int
+    substitutes: list[str]
 
     def __str__(self) -> str:
         """Where and why; most causes begin with the place."""
-        place = f"{self.source}/{self.file}"
-        return self.cause if self.cause.startswith(place) else f"{place} row {self.row}: {self.cause}"
+        file = f"{self.place.source}/{self.place.file}"
+        return self.cause if self.cause.startswith(file) else f"{file} row {self.place.row}: {self.cause}"
 
 
 @dataclass(frozen=True)
-class _Context:
-    """What planning a row needs."""
+class _Source:
+    """A source whose rows are counted over its files.
 
-    config: DataConfig
-    model: ModelConfig
-    seed: int
-    tokenizer: Tokenizer
+    Attributes:
+        reader: lists its files.
+        starts: first row of each file, and their sum.
+        facts: of each file.
+        chosen: rows that may be drawn, ascending; None: all.
+    """
+
+    reader: RecordReader
+    starts: tuple[int, ...]
+    facts: tuple[FileFacts, ...]
+    chosen: IntArray | None
+
+    @property
+    def name(self) -> str:
+        return self.reader.source.name
+
+    @property
+    def rows(self) -> int:
+        """Rows that may be drawn."""
+        return self.starts[-1] if self.chosen is None else len(self.chosen)
+
+    def row(self, number: int) -> int:
+        """The row of a number below `rows`."""
+        return number if self.chosen is None else int(self.chosen[number])
+
+    def find(self, row: int) -> tuple[FileFacts, Place]:
+        """The facts of the row's file, and where it is."""
+        number = bisect_right(self.starts, row) - 1
+        return self.facts[number], Place(self.name, self.reader.files[number].name, row - self.starts[number])
 
 
-def prepack(config: DataConfig, model: ModelConfig, seed: int, force: bool = False, progress: bool = True) -> PackIndex:
+def is_held_out(sample_id: str, fraction: float) -> bool:
+    """Whether a row belongs to the validation rows: its own id decides, whatever else is in the data set."""
+    digest = hashlib.blake2b(sample_id.encode(), digest_size=8, person=b"held-out").digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def prepack(
+    config: DataConfig,
+    model: ModelConfig,
+    seed: int,
+    global_batch_size: int,
+    force: bool = False,
+    progress: bool = True,
+    workers: int = 1,
+    held_out: bool = False,
+) -> PackIndex:
     """Write the pack index that a configuration describes.
 
     Args:
         config: the data section; `pack_index` is the folder to write.
         model: vocabulary rows and bounds of the latent position table.
         seed: the run's seed.
+        global_batch_size: packs of a step, which are formed together.
         force: replace an index that is already there.
-        progress: draw a progress bar on stderr.
+        progress: draw progress bars on stderr.
+        workers: processes that probe data files.
+        held_out: plan the rows of `validation_fraction` instead of the others.
 
     Returns:
         The index, opened.
@@ -74,38 +135,69 @@ def prepack(config: DataConfig, model: ModelConfig, seed: int, force: bool = Fal
     Raises:
         ConfigError: if a setting is wrong.
         TokenizerError: if the tokenizer is.
-        DataSetError: if a source is unusable as a whole, or none of the rows can be used.
+        DataSetError: if a source is unusable as a whole, or none of its rows can be used.
         PackIndexError: if the index may not be written.
     """
     check_target(Path(config.pack_index), force)
-    _check_settings(config)
+    _check_settings(config, held_out)
+    shape = step_shape(config, model, global_batch_size)
     tokenizer = Tokenizer(config.tokenizer)
     tokenizer.check_fits(model.vocab_size)
-    context = _Context(config, model, seed, tokenizer)
     readers = [RecordReader(source) for source in config.sources]
-    row_starts = [[0, *accumulate(reader.row_count(f.name) for f in reader.files)] for reader in readers]
-    counts = [
-        MixtureSource(source.name, starts[-1], source.weight)
-        for source, starts in zip(config.sources, row_starts, strict=True)
-    ]
-    for source, count in zip(config.sources, counts, strict=True):
-        if not count.rows:
-            raise DataSetError(f"data.sources {source.name}: {source.path} has no rows; remove it or give it data")
-    draws = list(mix(counts, seed, config.epochs))
-    planned, unusable = _plan_rows(context, readers, row_starts, draws, progress)
-    rows = [planned[draw] for draw in draws if draw in planned]
-    _report(unusable, len(draws), len(rows))
-    if not rows:
-        raise DataSetError(f"data.sources: none of the {len(unusable)} rows can be used; the first: {unusable[0]}")
-    groups = pack_lengths([row.sample.length for row in rows], config.seq_length)
+    folder = Path(config.facts) if config.facts else Path(f"{Path(config.pack_index)}.facts")
+    inquiry = Inquiry(config.sources, config.prompts, config.tokenizer, folder)
+    row_counts = [[reader.row_count(file.name) for file in reader.files] for reader in readers]
+    for reader, rows in zip(readers, row_counts, strict=True):
+        if not sum(rows):
+            raise DataSetError(
+                f"data.sources {reader.source.name}: {reader.source.path} has no rows; remove it or give it data"
+            )
+    paths = collect(inquiry, tokenizer, readers, workers, progress)
+    sources = []
+    for number, (reader, rows) in enumerate(zip(readers, row_counts, strict=True)):
+        facts = tuple(FileFacts(paths[number, file.name]) for file in reader.files)
+        chosen = _chosen(reader, rows, config.validation_fraction, held_out)
+        sources.append(_Source(reader, (0, *accumulate(rows)), facts, chosen))
+    planner = _Planner(config, model, seed, sources)
+    counts = _mixture(sources, config.validation_fraction, held_out)
     files = {reader.source.name: reader.files for reader in readers}
-    shaping = shaping_values(config, files, tokenizer.sha256, seed, model)
-    lines: list[dict[str, Any]] = [vars(row) for row in unusable]
-    write_index(config.pack_index, [[rows[i] for i in group] for group in groups], shaping, lines, force)
+    with IndexWriter(config.pack_index, {n: [f.name for f in fs] for n, fs in files.items()}, force) as writer:
+        waiting: dict[int, tuple[IndexRow, Sample]] = {}
+        draws = tqdm(
+            mix(counts, seed, config.epochs),
+            desc="plan",
+            unit="sample",
+            total=config.epochs * sum(count.rows for count in counts if count.weight > 0),
+            disable=not progress,
+        )
+        for step in pack_steps(planner.costs(draws, waiting), shape, seed):
+            for pack in step:
+                writer.add([waiting.pop(number) for number in pack])
+        shaping = shaping_values(config, files, tokenizer.sha256, seed, model, global_batch_size, held_out)
+        writer.finish(shaping, planner.unusable_lines())
     return PackIndex.open(config.pack_index)
 
 
-def _check_settings(config: DataConfig) -> None:
+def _chosen(reader: RecordReader, rows: Sequence[int], fraction: float, held_out: bool) -> IntArray | None:
+    """Rows of a source that may be drawn; None: all.
+
+    Raises:
+        DataSetError: if there is none to train on.
+    """
+    if not fraction:
+        return None
+    name = reader.source.name
+    ids = (f"{name}/{f.name}/{row}" for f, count in zip(reader.files, rows, strict=True) for row in range(count))
+    chosen = np.flatnonzero(np.fromiter((is_held_out(i, fraction) for i in ids), bool, sum(rows)) == held_out)
+    if not len(chosen) and not held_out:
+        raise DataSetError(
+            f"data.sources {name}: data.validation_fraction {fraction} leaves none of its {sum(rows)} rows for "
+            "training; lower it or give the source more data"
+        )
+    return chosen
+
+
+def _check_settings(config: DataConfig, held_out: bool) -> None:
     """Raise ConfigError for settings that would fail on every row."""
     names = Counter(source.name for source in config.sources)
     if not names:
@@ -115,6 +207,8 @@ def _check_settings(config: DataConfig) -> None:
             raise ConfigError(
                 f"data.sources: the name '{name}' stands {times} times; names must be unique and not empty"
             )
+    if held_out and not config.validation_fraction:
+        raise ConfigError("data.validation_fraction 0.0: holds no row out; set the share of rows to validate on")
     if config.frame_sampling not in ("release", "trim"):
         raise ConfigError(f"data.frame_sampling '{config.frame_sampling}': must be release or trim")
     for source in config.sources:
@@ -129,62 +223,118 @@ def _check_settings(config: DataConfig) -> None:
             )
 
 
-def _plan_rows(
-    context: _Context,
-    readers: Sequence[RecordReader],
-    row_starts: Sequence[Sequence[int]],
-    draws: Sequence[Draw],
-    progress: bool,
-) -> tuple[dict[Draw, PlannedRow], list[UnusableRow]]:
-    """Plan every drawn row, reading each once and in file order."""
-    drawn: dict[tuple[int, int], list[Draw]] = defaultdict(list)
-    for draw in draws:
-        drawn[draw.source, draw.row].append(draw)
-    planned: dict[Draw, PlannedRow] = {}
-    unusable: list[UnusableRow] = []
-    for (source, row), its_draws in tqdm(sorted(drawn.items()), desc="prepack", unit="row", disable=not progress):
-        reader, starts = readers[source], row_starts[source]
-        file_number = bisect_right(starts, row) - 1
-        file, file_row = reader.files[file_number].name, row - starts[file_number]
-        try:
-            planned |= _plan_row(context, reader, file, file_row, its_draws)
-        except (RecordError, MediaError) as error:
-            unusable.append(UnusableRow(reader.source.name, file, file_row, str(error), len(its_draws)))
-    return planned, unusable
-
-
-def _plan_row(
-    context: _Context, reader: RecordReader, file: str, row: int, draws: Sequence[Draw]
-) -> dict[Draw, PlannedRow]:
-    """The samples of one row, one per draw.
+def _mixture(sources: Sequence[_Source], fraction: float, held_out: bool) -> list[MixtureSource]:
+    """The sources as the mixture sees them; an epoch of validation has every row that is held out once.
 
     Raises:
-        RecordError, MediaError: if the row cannot be used.
+        DataSetError: if no source has a row.
     """
-    record, source, config = reader.record(file, row), reader.source, context.config
-    infos = _probe(reader, record)
-    planned = {}
-    for draw in draws:
-        dropout = draw_dropout(config, record, Task(source.task), context.seed, draw.epoch)
-        sample = plan_sample(record, source, config, context.model, context.tokenizer, infos, dropout)
-        if sample.sample.length > config.seq_length:
+    empty = [source.name for source in sources if not source.rows]
+    if len(empty) == len(sources):
+        raise DataSetError(f"data.validation_fraction {fraction}: holds out no row of any source; raise it")
+    if empty:
+        logger.warning("no validation rows in %s", ", ".join(empty))
+    return [MixtureSource(s.name, s.rows, s.rows if held_out else s.reader.source.weight) for s in sources]
+
+
+class _Planner:
+    """Samples of draws, and what is known of rows that cannot be used."""
+
+    def __init__(self, config: DataConfig, model: ModelConfig, seed: int, sources: Sequence[_Source]) -> None:
+        self._config, self._seed, self._sources = config, seed, sources
+        self._sizing = Sizing.of(config, model)
+        self._unusable: dict[RowKey, UnusableRow] = {}
+
+    def costs(self, draws: Iterator[Draw], waiting: dict[int, tuple[IndexRow, Sample]]) -> Iterator[SampleCost]:
+        """What the packer must know of each draw; the sample itself waits until its pack is formed.
+
+        Args:
+            draws: in mixture order.
+            waiting: where samples are put, by the number of their draw.
+        """
+        for number, draw in enumerate(draws):
+            waiting[number] = self._plan(draw)
+            _, sample = waiting[number]
+            yield sample.length, mask_pairs(sample.segments), draw.source
+
+    def unusable_lines(self) -> list[dict[str, object]]:
+        """The unusable rows for unusable.jsonl, in the order of the data."""
+        replaced = sum(len(row.substitutes) for row in self._unusable.values())
+        if self._unusable:
+            counts = len(self._unusable), replaced
+            logger.warning("%d rows are unusable; %d samples are substitutes from their sources", *counts)
+        return [
+            {**vars(row.place), "cause": row.cause, "substitutes": row.substitutes}
+            for _, row in sorted(self._unusable.items())
+        ]
+
+    def _plan(self, draw: Draw) -> tuple[IndexRow, Sample]:
+        """The sample of a draw, or of what stands in for it."""
+        key = draw.source, self._sources[draw.source].row(draw.row)
+        planned = self._try(key, draw.epoch)
+        return planned if planned else self._substitute(key, draw.epoch)
+
+    def _try(self, key: RowKey, epoch: int, stands_for: str = "") -> tuple[IndexRow, Sample] | None:
+        """The sample of a row; None if it cannot be used, which is said once."""
+        if key in self._unusable:
+            return None
+        file, place = self._sources[key[0]].find(key[1])
+        try:
+            return self._plan_row(file, place, key[0], epoch, stands_for)
+        except RecordError as error:
+            self._unusable[key] = UnusableRow(place, str(error), [])
+            logger.warning("unusable row: %s", self._unusable[key])
+            return None
+
+    def _plan_row(
+        self, file: FileFacts, place: Place, source: int, epoch: int, stands_for: str
+    ) -> tuple[IndexRow, Sample]:
+        """The sample of a row; a substitute gets an id, and randomness, of its own.
+
+        Raises:
+            RecordError: if the row cannot be used with nothing dropped, whatever this draw drops.
+        """
+        facts, config = file.row(place.row), self._config
+        if isinstance(facts, str):
+            raise RecordError(facts)
+        settings = self._sources[source].reader.source
+        task = Task(settings.task)
+        row = IndexRow(facts, place, epoch, Dropout(), stands_for)
+        of_row = (facts, place, row.sample_id, task, settings.frame_conditions, self._sizing)
+        sample, _ = plan_sample(*of_row, Dropout())
+        if sample.length > config.seq_length:
             raise RecordError(
-                f"{record.sample_id}: {sample.sample.length} tokens exceed data.seq_length {config.seq_length}; raise "
-                "it, or lower data.vae_resolution, data.vit_resolution or data.max_seconds_generation"
+                f"{place.sample_id}: {sample.length} tokens exceed data.seq_length {config.seq_length}; raise it, or "
+                "lower data.vae_resolution, data.vit_resolution or data.max_seconds_generation"
             )
-        planned[draw] = PlannedRow(sample.sample, draw.epoch, source.name, file, row, dropout, sample.media)
-    return planned
+        dropout = draw_dropout(config, len(facts.media) - 1, row.sample_id, task, self._seed, epoch)
+        if dropout == Dropout():
+            return row, sample
+        return IndexRow(facts, place, epoch, dropout, stands_for), plan_sample(*of_row, dropout)[0]
 
+    def _substitute(self, key: RowKey, epoch: int) -> tuple[IndexRow, Sample]:
+        """A sample of another row in place of one of an unusable row.
 
-def _probe(reader: RecordReader, record: Record) -> dict[str, MediaInfo]:
-    """What the media of a record are, by element."""
-    media = [element for element in (*record.inputs, record.target) if isinstance(element, Media)]
-    return {m.element: probe(reader.media(record.file, record.row, m.element)) for m in media}
+        It is the first usable row of the source in an order addressed by the unusable row and the epoch, so it does not
+        depend on which other rows are drawn.  Rows found unusable on the way are named too.
 
+        Raises:
+            DataSetError: if the source has no usable row.
+        """
+        source, replaced = self._sources[key[0]], self._unusable[key]
+        order = stream(self._seed, "substitute", replaced.place.sample_id, epoch)
+        for number in self._order(order, source.rows):
+            planned = self._try((key[0], source.row(number)), epoch, replaced.place.sample_id)
+            if planned:
+                replaced.substitutes.append(planned[0].sample_id)
+                return planned
+        first = self._unusable[key[0], source.row(0)]
+        raise DataSetError(
+            f"data.sources {source.name}: none of its {source.rows} rows can be used; the first: {first}"
+        )
 
-def _report(unusable: Sequence[UnusableRow], n_draws: int, n_samples: int) -> None:
-    """Log each unusable row once, then the counts."""
-    for row in unusable:
-        logger.warning("unusable row (%d samples): %s", row.draws, row)
-    if unusable:
-        logger.warning("%d rows are unusable: %d of %d samples left out", len(unusable), n_draws - n_samples, n_draws)
+    @staticmethod
+    def _order(order: np.random.Generator, rows: int) -> Iterator[int]:
+        """A few numbers below `rows`, then all: most sources have usable rows, and few of them are short."""
+        yield from order.integers(rows, size=_TRIES).tolist()
+        yield from order.permutation(rows).tolist()

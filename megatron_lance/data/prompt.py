@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +29,8 @@ IM_END = "<|im_end|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 VIDEO_PAD = "<|video_pad|>"
+_TEMPLATES = 256
+"""Texts of the template whose ids are remembered."""
 SPECIAL_TOKENS = (IM_START, IM_END, VISION_START, VISION_END, VIDEO_PAD)
 
 
@@ -133,6 +135,7 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True  # special tokens spelled in a record stay text
         self._tokenizer.post_processor = None  # the template is written here; offsets stay untrimmed
         self._ids = {name: added[name]["id"] for name in SPECIAL_TOKENS}
+        self._templates: dict[str, list[int]] = {}  # ids of recent texts of the template
         self.im_start = self._ids[IM_START]
         self.im_end = self._ids[IM_END]
         self.vision_start = self._ids[VISION_START]
@@ -169,14 +172,14 @@ class Tokenizer:
         for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, Text)):
             run = list(group)
             if is_text:
-                text_ids, roles = self._encode_run([piece for piece in run if isinstance(piece, Text)])
-                for token_id, role in zip(text_ids, roles, strict=True):
-                    _extend(spans[role], len(ids))
-                    ids.append(token_id)
+                text_ids, parts = self._encode_run([piece for piece in run if isinstance(piece, Text)])
+                for role, start, stop in parts:
+                    _extend(spans[role], len(ids) + start, len(ids) + stop)
+                ids += text_ids
                 continue
             for piece in run:
                 if isinstance(piece, Special):
-                    _extend(spans[piece.role], len(ids))
+                    _extend(spans[piece.role], len(ids), len(ids) + 1)
                     ids.append(self._ids[piece.token])
                 elif isinstance(piece, Visual):
                     visual_spans.append((len(ids), len(ids) + piece.content_length + 2))
@@ -192,19 +195,35 @@ class Tokenizer:
         """Text of token ids, special tokens spelled out."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
-    def _encode_run(self, run: list[Text]) -> tuple[list[int], list[Role]]:
-        """Ids of adjacent texts tokenised together, and the role of the text in which each token begins."""
+    def _template_ids(self, text: str) -> list[int]:
+        """Ids of a text that stands in many prompts."""
+        if text not in self._templates:
+            if len(self._templates) >= _TEMPLATES:
+                self._templates.clear()
+            self._templates[text] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._templates[text]
+
+    def _encode_run(self, run: list[Text]) -> tuple[list[int], list[tuple[Role, int, int]]]:
+        """Ids of adjacent texts tokenised together, and (role, start, stop) of the tokens that begin in each text."""
+        if all(piece.role is Role.TEMPLATE for piece in run):
+            ids = self._template_ids("".join(piece.text for piece in run))
+            return ids, [(Role.TEMPLATE, 0, len(ids))]
         encoding = self._tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
-        ends = list(accumulate(len(piece.text) for piece in run))
-        return encoding.ids, [run[bisect_right(ends, start)].role for start, _ in encoding.offsets]
+        starts = [start for start, _ in encoding.offsets]
+        ends = [bisect_left(starts, end) for end in accumulate(len(piece.text) for piece in run)]
+        return encoding.ids, [
+            (piece.role, start, stop) for piece, start, stop in zip(run, [0, *ends[:-1]], ends, strict=True)
+        ]
 
 
-def _extend(spans: list[Span], at: int) -> None:
-    """Add position `at` to the last span if it touches it, else begin a new one."""
-    if spans and spans[-1][1] == at:
-        spans[-1] = (spans[-1][0], at + 1)
+def _extend(spans: list[Span], start: int, stop: int) -> None:
+    """Add [start, stop) to the last span if it touches it, else begin a new one."""
+    if start == stop:
+        return
+    if spans and spans[-1][1] == start:
+        spans[-1] = (spans[-1][0], stop)
     else:
-        spans.append((at, at + 1))
+        spans.append((start, stop))
 
 
 def chat(system: str, user: Sequence[Piece], output: Sequence[Piece]) -> list[Piece]:

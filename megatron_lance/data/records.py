@@ -6,6 +6,7 @@ records of one shape for all schemas (system prompt, inputs in order, target) an
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 from bisect import bisect_right
 from collections import OrderedDict
@@ -75,11 +76,15 @@ class Record:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A parquet file: its name below the source's folder, where it lies, and its size in bytes."""
+    """A parquet file: its name below the source's folder, where it lies, its size in bytes.
+
+    `stamp` is what the file system says of its version: etag or time of change; empty if it says nothing.
+    """
 
     name: str
     path: str
     size: int
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,22 @@ class RecordReader:
         """
         self._is_interleaved(file)
         return int(self._parquet(file).metadata.num_rows)
+
+    def footer_sha256(self, file: str) -> str:
+        """Hash of a file's metadata: schema, row groups, sizes, statistics.
+
+        Raises:
+            DataSetError: if the file cannot be read.
+        """
+        self._parquet(file)  # a file that is none says so
+        try:
+            with self._fs.open(self._by_name[file].path, "rb") as stream:
+                stream.seek(-8, 2)
+                length = int.from_bytes(stream.read(4), "little")
+                stream.seek(-8 - length, 2)
+                return hashlib.sha256(stream.read(length)).hexdigest()
+        except OSError as error:
+            raise _unreadable(self._by_name[file].path, error) from error
 
     def record(self, file: str, row: int) -> Record:
         """Texts and media references of a row; flat schemas read no media column.
@@ -372,7 +393,7 @@ def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
             "what its protocol needs"
         ) from error
     files = tuple(
-        SourceFile(path.removeprefix(folder).lstrip("/"), path, int(info["size"]))
+        SourceFile(path.removeprefix(folder).lstrip("/"), path, int(info["size"]), _stamp(info))
         for path, info in sorted(found.items())
         if info["type"] == "file"
     )
@@ -381,6 +402,11 @@ def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
             f"data.sources {source.name}: path '{source.path}' names no parquet file; give a file, folder or glob"
         )
     return fs, files
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    known = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
+    return next((f"{key} {info[key]}" for key in known if key in info), "")
 
 
 def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:

@@ -1,20 +1,18 @@
 """Tasks: what a record of each task becomes.
 
-Station: record -> [task] -> sample -> packer.  In: a record and what is known of its media.  Out: the sample's
-structure, its token ids, and one media item per visual segment saying which frames to decode at which size
-(spec/data.md sections 1 to 3, spec/model.md sections 2 and 6).
+Station: record -> [task] -> sample -> packer.  In: a record.  Out: its prompt with a block for every picture or clip,
+and, once the grids of the blocks are known (sample_plan.py), the sample's structure and its token ids (spec/data.md
+sections 1 and 2, spec/model.md sections 2 and 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_lance.config.schema import DataConfig, ModelConfig, PromptConfig, SourceConfig
-from megatron_lance.data.media import MediaInfo
+from megatron_lance.config.schema import DataConfig, PromptConfig
 from megatron_lance.data.prompt import Piece, Role, Text, Tokenizer, Visual, chat
 from megatron_lance.data.records import Media, Record, RecordError
-from megatron_lance.data.sizes import bucket_size, sample_frames, vae_grid, vae_size, vit_grid, vit_size
 from megatron_lance.packing.rng import uniform
 from megatron_lance.packing.sample import Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
@@ -77,40 +75,25 @@ class Block:
     media: Media
 
 
-@dataclass(frozen=True)
-class PlannedSample:
-    """A sample ready to be packed.
-
-    Attributes:
-        sample: its structure.
-        token_ids: as in `EncodedPrompt`.
-        media: one item per visual segment, in order.
-    """
-
-    sample: Sample
-    token_ids: tuple[int, ...]
-    media: tuple[MediaItem, ...]
-
-
 Outline = list[Piece | Block]
 
 
-def draw_dropout(config: DataConfig, record: Record, task: Task, seed: int, epoch: int) -> Dropout:
+def draw_dropout(config: DataConfig, conditions: int, sample_id: str, task: Task, seed: int, epoch: int) -> Dropout:
     """Condition dropout by addressed randomness (spec/model.md section 8); understanding drops nothing.
 
     Args:
         config: the two probabilities.
-        record: its id is the address.
-        task: of the record.
+        conditions: media before the target.
+        sample_id: the address.
+        task: of the sample.
         seed: the run's seed.
         epoch: pass over the record's source.
     """
     if not task.is_generation:
         return Dropout()
-    address = (record.sample_id, epoch)
-    n_conditions = sum(isinstance(element, Media) for element in record.inputs)
+    address = (sample_id, epoch)
     dropped = [
-        k for k in range(n_conditions) if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
+        k for k in range(conditions) if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
     ]
     return Dropout(uniform(seed, "caption_dropout", *address) < config.caption_dropout, tuple(dropped))
 
@@ -221,101 +204,3 @@ def assemble(
         segments.append(Segment.text(len(encoded.token_ids) - at))
     sample = Sample(sample_id, task, tuple(segments), encoded.label_spans, encoded.caption_span)
     return sample, encoded.token_ids
-
-
-def plan_sample(
-    record: Record,
-    source: SourceConfig,
-    config: DataConfig,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    infos: Mapping[str, MediaInfo],
-    dropout: Dropout,
-) -> PlannedSample:
-    """The sample of a record.
-
-    Args:
-        record: texts and media references.
-        source: its task and frame conditions.
-        config: sizes, frame sampling, prompts.
-        model: bounds of the latent position table.
-        tokenizer: of the run.
-        infos: what was probed, by element.
-        dropout: what is left out.
-
-    Raises:
-        RecordError: if the record cannot be used; the message says why and what to do.
-    """
-    task = Task(source.task)
-    pieces = outline(record, task, config.prompts, dropout)
-    visuals: list[Segment] = []
-    needs: list[MediaItem] = []
-    for piece in pieces:
-        if isinstance(piece, Block):
-            segment, item = _plan_block(record, piece, source, config, infos[piece.media.element])
-            _check_grid(record, segment, model)
-            visuals.append(segment)
-            needs.append(item)
-    sample, token_ids = assemble(record.sample_id, task, pieces, visuals, tokenizer)
-    indices = [i for i, segment in enumerate(sample.segments) if segment.is_visual]
-    media = [
-        MediaItem(0, i, n.source, n.file, n.row, n.element, n.frames, n.bucket, n.size, n.encoder)
-        for i, n in zip(indices, needs, strict=True)
-    ]
-    return PlannedSample(sample, token_ids, tuple(media))
-
-
-def _plan_block(
-    record: Record, block: Block, source: SourceConfig, config: DataConfig, info: MediaInfo
-) -> tuple[Segment, MediaItem]:
-    """The segment of a block, and its media item without a segment index."""
-    where = f"{record.sample_id} {block.media.element}"
-    if info.kind != block.media.kind:
-        raise RecordError(f"{where}: holds {info.kind} where the row says {block.media.kind}; correct the row")
-    frames = _frames(info, Task(source.task), config, where)
-    if block.kind is SegmentKind.VIT:
-        encoder, resolution, final_size, grid_of = "vit", config.vit_resolution, vit_size, vit_grid
-    else:
-        encoder, resolution, final_size, grid_of = "vae", config.vae_resolution, vae_size, vae_grid
-    size = final_size(info.width, info.height, resolution)
-    grid = grid_of(len(frames), size)
-    clean: tuple[int, ...] = ()
-    if source.task == Task.I2V:
-        clean = (0,) if source.frame_conditions == "first" else (0, grid[0] - 1)
-        if grid[0] <= len(clean):
-            raise RecordError(
-                f"{where}: {len(frames)} frames give {grid[0]} latent frames, none is left beside the frame "
-                f"conditions '{source.frame_conditions}'; use a longer clip"
-            )
-    segment = Segment.visual(block.kind, grid, clean)
-    bucket = bucket_size(info.width, info.height, resolution)
-    item = MediaItem(0, 0, record.source, record.file, record.row, block.media.element, frames, bucket, size, encoder)
-    return segment, item
-
-
-def _frames(info: MediaInfo, task: Task, config: DataConfig, where: str) -> tuple[int, ...]:
-    """Frame numbers to decode."""
-    if info.kind == "image":
-        return (0,)
-    seconds = config.max_seconds_generation if task.is_generation else config.max_seconds_understanding
-    try:
-        return sample_frames(info.n_frames, info.average_fps, config.target_fps, seconds, config.frame_sampling)
-    except ValueError as error:
-        raise RecordError(f"{where}: {error}") from error
-
-
-def _check_grid(record: Record, segment: Segment, model: ModelConfig) -> None:
-    """Raise RecordError where a latent lies outside the position table (spec/model.md section 5).
-
-    Cell (i, j, k) reads row i*M*M + j*M + k, so a side may be longer than M as long as the last row exists.
-    """
-    if segment.kind is SegmentKind.VIT or segment.grid is None:
-        return
-    t, h, w = segment.grid
-    side = model.latent_position_size
-    if (t - 1) * side * side + (h - 1) * side + w > model.latent_position_frames * side * side:
-        raise RecordError(
-            f"{record.sample_id}: latent grid {segment.grid} exceeds the position table of "
-            f"{model.latent_position_frames} x {side} x {side}; lower data.vae_resolution or "
-            "data.max_seconds_generation, or raise model.latent_position_size or model.latent_position_frames"
-        )

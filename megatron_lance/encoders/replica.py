@@ -2,8 +2,8 @@
 
 Station: pack -> decode -> encoders -> [encodings on every rank of the replica] -> noising.  Every rank knows all items
 from the pack index, takes its share by pixels, and gathers everyone's results once, before the schedule starts.  An
-item that cannot be decoded is named once, by the rank that met it first; its zeros and its flag travel with the others,
-so all ranks agree.
+item that cannot be decoded is named once in a replica, by the rank that met it first; its zeros and its flag travel
+with the others, so all ranks agree.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from einops import rearrange
 from scipy.fft import dct
 
 from megatron_lance.config.schema import EncoderConfig
+from megatron_lance.encoders.public_wan import load_public_wan
 from megatron_lance.encoders.weights import EncoderError, construct, draw_parameters, load_parameters, read_json
 
 SPATIAL, TEMPORAL = 16, 4
@@ -112,14 +113,16 @@ class WanAutoencoder(torch.nn.Module):
 
     @classmethod
     def build(cls, config: EncoderConfig, latent_channels: int, seed: int) -> WanAutoencoder:
-        """From `config.vae_path` (diffusers layout), or a small random one where that is empty; see build_vae."""
-        folder = Path(config.vae_path) if config.vae_path else None
-        settings = _small_wan(latent_channels) if folder is None else _read_wan(folder, latent_channels)
+        """From `config.vae_path` (diffusers' layout or the public file), or a small random one; see build_vae."""
+        path = Path(config.vae_path) if config.vae_path else None
+        settings = _small_wan(latent_channels) if path is None else _read_wan(path, latent_channels)
         vae = construct(lambda: AutoencoderKLWan(**settings), config.dtype)
-        if folder is None:
+        if path is None:
             draw_parameters(vae, seed, "vae")
+        elif path.suffix == ".pth":
+            load_public_wan(vae, path)
         else:
-            load_parameters(vae, folder)
+            load_parameters(vae, path)
         return cls(vae, config.posterior == "sample")
 
     @torch.no_grad()
@@ -303,14 +306,17 @@ def _small_wan(latent_channels: int) -> dict[str, Any]:
     return settings
 
 
-def _read_wan(folder: Path, latent_channels: int) -> dict[str, Any]:
-    """The settings in a diffusers folder, checked against the reduction and channels that the model expects."""
-    content = {key: value for key, value in read_json(folder, "config.json").items() if not key.startswith("_")}
+def _read_wan(path: Path, latent_channels: int) -> dict[str, Any]:
+    """The settings in a diffusers folder or of the public file, checked against what the model expects."""
+    public = path.suffix == ".pth"
+    content = WAN22_CONFIG if public else read_json(path, "config.json")
+    content = {key: value for key, value in content.items() if not key.startswith("_")}
     expected = {"z_dim": latent_channels, "scale_factor_spatial": SPATIAL, "scale_factor_temporal": TEMPORAL}
     found = {key: content.get(key) for key in expected}
     for key in ("latents_mean", "latents_std"):
         expected[f"length of {key}"], found[f"length of {key}"] = latent_channels, len(content.get(key, ()))
     wrong = [f"{key} {found[key]}, expected {value}" for key, value in expected.items() if found[key] != value]
     if wrong:
-        raise EncoderError(f"{folder / 'config.json'}: {'; '.join(wrong)}: use a Wan2.2 VAE with model.latent_channels")
+        where = path if public else path / "config.json"
+        raise EncoderError(f"{where}: {'; '.join(wrong)}: use a Wan2.2 VAE with model.latent_channels")
     return content

@@ -67,6 +67,7 @@ class VitEncoder(torch.nn.Module):
         self.patch = config.patch_size  # pixels
         self.temporal_patch = config.temporal_patch_size  # frames
         self.merge = config.spatial_merge_size  # patches
+        self.width = int(config.out_hidden_size)  # channels of the output
 
     @classmethod
     def build(cls, config: EncoderConfig, hidden_size: int, seed: int) -> VitEncoder:

@@ -131,21 +131,44 @@ def load_parameters(module: torch.nn.Module, folder: Path, prefixes: Sequence[st
         found |= dict.fromkeys(own, path)
         shapes |= own
     names = _strip_prefix(found, prefixes, folder)
-    problems += [f"{name}: missing" for name in wanted if name not in names]
-    problems += [f"{key}: unknown" for name, key in names.items() if name not in wanted]
-    for name, key in names.items():
-        if name in wanted and shapes[key] != tuple(wanted[name].shape):
-            problems.append(f"{key}: shape {shapes[key]}, expected {tuple(wanted[name].shape)}")
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        listed = "; ".join([*problems[:SHOWN], *more])
-        raise EncoderError(f"{folder}: weights do not fit the configuration beside them: {listed}")
+    check_parameters(module, {name: shapes[key] for name, key in names.items()}, folder, problems)
     by_key = {key: name for name, key in names.items()}
     for path in files:
         with safe_open(path, framework="pt") as handle:
             for key in handle.keys():
                 if key in by_key:
                     wanted[by_key[key]].copy_(handle.get_tensor(key))
+
+
+def check_parameters(
+    module: torch.nn.Module, found: Mapping[str, tuple[int, ...]], where: Path, problems: Sequence[str] = ()
+) -> None:
+    """Hold names and shapes of weights against a module's parameters.
+
+    Args:
+        module: to be filled.
+        found: shapes by the module's names.
+        where: file or folder, for errors.
+        problems: found before, told with the rest.
+
+    Raises:
+        EncoderError: naming the missing, unknown and misshapen tensors and the problems at once.
+    """
+    wanted = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    faults = [
+        *problems,
+        *(f"{name}: missing" for name in wanted if name not in found),
+        *(f"{name}: unknown" for name in found if name not in wanted),
+        *(
+            f"{name}: shape {shape}, expected {wanted[name]}"
+            for name, shape in found.items()
+            if name in wanted and shape != wanted[name]
+        ),
+    ]
+    if faults:
+        more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        listed = "; ".join([*faults[:SHOWN], *more])
+        raise EncoderError(f"{where}: weights do not fit the configuration beside them: {listed}")
 
 
 def _strip_prefix(found: Mapping[str, Path], prefixes: Sequence[str], folder: Path) -> dict[str, str]:

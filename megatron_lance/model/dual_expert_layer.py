@@ -12,14 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
+from torch import nn
 
 from megatron_lance.model.joint_attention import JointAttention, PackContext
-from megatron_lance.ops.mape import rotate
+from megatron_lance.ops.qk_norm_mape import join, qk_norm_mape
 
 
 @dataclass
@@ -43,6 +45,8 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         submodules: their specs.
         layer_number: 1-based within the pipeline stage; both experts get it and add the stage's offset.
         attention_backend: of ops.attention.
+        mape_backend: of ops.qk_norm_mape.
+        mrope_section: frequencies per axis (temporal, height, width).
         pg_collection: process groups.
         vp_stage: virtual pipeline stage.
     """
@@ -53,6 +57,8 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         submodules: DualExpertLayerSubmodules,
         layer_number: int,
         attention_backend: str,
+        mape_backend: str,
+        mrope_section: tuple[int, ...],
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
@@ -63,16 +69,64 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         )
         self.und, self.gen = experts
         self.layer_number: int = self.und.layer_number  # global, 1-based
-        self.joint_attention = JointAttention(attention_backend, pg_collection.cp)
+        self.recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
+        self.joint_attention = JointAttention(attention_backend, pg_collection.cp, "core_attn" in self.recomputed)
+        self.mape_backend, self.mrope_section = mape_backend, mrope_section
+        # Beyond the key/value heads, tp ranks share a group's QKV and each takes some of its query heads.
+        tp, groups = pg_collection.tp.size(), config.num_query_groups or config.num_attention_heads
+        sharing = max(1, tp // groups)
+        self.group_query_heads = config.num_attention_heads // groups // sharing
+        self.query_offset = pg_collection.tp.rank() % sharing * self.group_query_heads
+        self.query_heads = config.num_attention_heads // tp
 
-    def _qkv(self, expert: TransformerLayer, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """One expert's normed projections of its region.
+    def _norm(
+        self, norm: nn.Module, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, tensor_parallel.CheckpointWithoutOutput | None]:
+        """A norm's output and, if norms are recomputed, what drops that output until backward needs it."""
+        if "layernorm" not in self.recomputed:
+            return norm(rows), None
+        keep = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8)
+        return keep.checkpoint(norm, rows), keep
 
-        [s_region / tp, 1, h] -> q [R_region, np, hn], k and v [R_region, ng, hn], QK-norm applied.
+    def _qkv(
+        self,
+        expert: TransformerLayer,
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        inv_freq: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One expert's projections of its region, QK-norm and rotation applied.
+
+        [s_region / tp, 1, h] and positions [3, R_region] -> q [R_region, np, hn], in `out` if given, and k and v
+        [R_region, 2, ng, hn].
         """
-        normed = expert.input_layernorm(rows)
-        qkv = expert.self_attention.get_query_key_value_tensors(normed)
-        return tuple(x.squeeze(1) for x in qkv)
+        normed, norm = self._norm(expert.input_layernorm, rows)
+        attention = expert.self_attention
+        # [R, 1, ng, (query heads of a group + 2) * hn]; query heads of other tp ranks may be among them
+        qkv, _ = attention.get_query_key_value_tensors(normed, split_qkv=False)
+        if norm:  # qkv's gradient is there before the projection's backward reads `normed`
+            norm.discard_output_and_register_recompute(qkv)
+        weights = [norm() if norm else None for norm in (attention.q_layernorm, attention.k_layernorm)]
+        return qk_norm_mape(
+            qkv.squeeze(1),
+            positions,
+            inv_freq,
+            *weights,
+            sections=self.mrope_section,
+            eps=self.config.layernorm_epsilon,
+            backend=self.mape_backend,
+            query_heads=self.group_query_heads,
+            query_offset=self.query_offset,
+            out=out,
+        )
+
+    def _query_buffers(self, like: torch.Tensor, region_rows: tuple[int, int]) -> list[torch.Tensor | None]:
+        """Slices [R_region, np, hn] of one buffer for the queries of both regions, so that joining them is free."""
+        if self.mape_backend == "reference":
+            return [None, None]
+        joint = like.new_empty(sum(region_rows), self.query_heads, self.config.kv_channels)
+        return list(joint.split(list(region_rows)))
 
     def _finish(self, expert: TransformerLayer, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Output projection, residual and MLP of one expert.
@@ -82,7 +136,17 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         # [R, np, hn] -> [R, 1, np * hn]
         projected = expert.self_attention.linear_proj(attended.reshape(attended.shape[0], 1, -1))
         add = expert.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        return expert._forward_mlp(add(projected, residual, expert.hidden_dropout))
+        return self._mlp(expert, add(projected, residual, expert.hidden_dropout))
+
+    def _mlp(self, expert: TransformerLayer, rows: torch.Tensor) -> torch.Tensor:
+        """Norm, MLP and residual of one expert: [s_region / tp, 1, h] -> the same shape."""
+        normed, norm = self._norm(expert.pre_mlp_layernorm, rows)
+        recompute = "mlp" in self.recomputed
+        output = tensor_parallel.checkpoint(expert.mlp, False, normed) if recompute else expert.mlp(normed)
+        if norm:
+            norm.discard_output_and_register_recompute(output[0])
+        add = expert.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(output, rows, expert.hidden_dropout)
 
     def forward(
         self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **unused: object
@@ -90,10 +154,14 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         """[s, 1, h] -> ([s, 1, h], None); the other arguments of a TransformerLayer are not used here."""
         context = packed_seq_params
         shards = hidden_states.split(list(context.shard_rows))
-        experts = (self.und, self.gen)
-        per_expert = [self._qkv(expert, rows) for expert, rows in zip(experts, shards, strict=True)]
-        q, k, v = (torch.cat(pair) for pair in zip(*per_expert, strict=True))  # [R, heads, hn]
-        q, k = (rotate(x, context.cos, context.sin) for x in (q, k))
-        attended = self.joint_attention(q, k, v, context).split(list(context.region_rows))
+        positions = context.positions.split(list(context.region_rows), dim=1)
+        buffers = self._query_buffers(hidden_states, context.region_rows)
+        exchange = self.joint_attention.exchange(context, self.layer_number)
+        experts, queries, sent = (self.und, self.gen), [], []
+        for region, (expert, rows) in enumerate(zip(experts, shards, strict=True)):
+            q, kv = self._qkv(expert, rows, positions[region], context.inv_freq, buffers[region])
+            sent.append(exchange.send(region, kv))  # und's is under way while gen projects
+            queries.append(q)
+        attended = self.joint_attention(join(queries), sent, exchange, context).split(list(context.region_rows))
         outputs = [self._finish(*args) for args in zip(experts, attended, shards, strict=True)]
         return torch.cat(outputs), None

@@ -14,12 +14,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import nn
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.embedder import Embedder
 from megatron_lance.model.heads import HeadOutputs, Heads
-from megatron_lance.model.joint_attention import PackContext
+from megatron_lance.model.joint_attention import KeyValueCache, PackContext
 from megatron_lance.model.layer_specs import block_submodules, device
-from megatron_lance.ops.mape import frequency_axes, inverse_frequencies, rotary_angles
+from megatron_lance.ops.mape import inverse_frequencies
+from megatron_lance.ops.qk_norm_mape import FusedUnavailable, choose_backend
 from megatron_lance.parallel.dispatch import RankBatch
 
 
@@ -33,6 +35,7 @@ class LanceModel(MegatronModule):
         pre_process: whether this is the first stage.
         post_process: whether this is the last stage.
         vp_stage: virtual pipeline stage.
+        mape_backend: of ops.qk_norm_mape; auto, fused or reference.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class LanceModel(MegatronModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        mape_backend: str = "auto",
     ) -> None:
         super().__init__(config=config)
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -54,7 +58,9 @@ class LanceModel(MegatronModule):
         layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         self.decoder = TransformerBlock(
             config,
-            block_submodules(layers, model.attention_backend),
+            block_submodules(
+                layers, model.attention_backend, _mape_backend(model, mape_backend), model.mrope_section, model.qk_norm
+            ),
             post_layer_norm=False,
             pre_process=pre_process,
             post_process=post_process,
@@ -64,16 +70,14 @@ class LanceModel(MegatronModule):
         self.heads = Heads(config, model, tokenizer_size, groups) if post_process else None
         frequencies = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype or "float32")
         self.inv_freq = nn.Buffer(frequencies.to(device()), persistent=False)
-        self.frequency_axes = nn.Buffer(frequency_axes(model.mrope_section).to(device()), persistent=False)
 
     def set_input_tensor(self, input_tensor: list[torch.Tensor] | torch.Tensor) -> None:
         """Take the previous stage's output, as megatron-core's schedules hand it over."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
-    def pack_context(self, batch: RankBatch) -> PackContext:
-        """What the layers need to know of the batch; angles are computed here once for all layers."""
-        cos, sin = rotary_angles(batch.positions, self.inv_freq, self.frequency_axes)
+    def pack_context(self, batch: RankBatch, cache: KeyValueCache | None = None) -> PackContext:
+        """What the layers need to know of the batch."""
         return PackContext(
             region_rows=batch.region_rows,
             shard_rows=batch.shard_rows,
@@ -81,23 +85,49 @@ class LanceModel(MegatronModule):
             query_rows=batch.query_rows,
             row_queries=batch.row_queries,
             key_rows=batch.key_rows,
-            cos=cos,
-            sin=sin,
+            key_tokens=batch.key_tokens,
+            cache=cache,
+            positions=batch.positions.to(torch.int32).contiguous(),
+            inv_freq=self.inv_freq,
         )
 
-    def forward(self, batch: RankBatch) -> torch.Tensor | HeadOutputs:
+    def forward(self, batch: RankBatch, cache: KeyValueCache | None = None) -> torch.Tensor | HeadOutputs:
         """One pack through this stage.
+
+        Args:
+            batch: the pack, or a part of its tokens.
+            cache: keys and values of the pack, when `batch` is a part of it; without gradients.
 
         Returns:
             hidden states [s, 1, h], or the heads' outputs on the last stage.
         """
         hidden = self.embedder(batch) if self.embedder is not None else None
-        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=self.pack_context(batch))
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=self.pack_context(batch, cache))
         return hidden if self.heads is None else self.heads(hidden, batch)
 
 
-def build_stages(config: TransformerConfig, model: ModelConfig, tokenizer_size: int) -> list[LanceModel]:
-    """The model chunks of this pipeline rank: one, or one per virtual stage."""
+def _mape_backend(model: ModelConfig, requested: str) -> str:
+    """The backend of QK-norm and rotation; a model without QK-norm has nothing to fuse."""
+    try:
+        return choose_backend(requested if model.qk_norm else "reference", model.kv_channels, device())
+    except FusedUnavailable as error:
+        raise UserError(f"ops.mape = fused: {error}, or set ops.mape=auto") from None
+
+
+def build_stages(
+    config: TransformerConfig, model: ModelConfig, tokenizer_size: int, mape_backend: str = "auto"
+) -> list[LanceModel]:
+    """The model chunks of this pipeline rank: one, or one per virtual stage.
+
+    Args:
+        config: megatron-core's.
+        model: sizes and variants.
+        tokenizer_size: ids the tokenizer uses.
+        mape_backend: of ops.qk_norm_mape; auto, fused or reference.
+
+    Raises:
+        UserError: if `fused` was asked for and cannot serve.
+    """
     chunks = config.virtual_pipeline_model_parallel_size or 1
     stages = []
     for chunk in range(chunks):
@@ -110,6 +140,7 @@ def build_stages(config: TransformerConfig, model: ModelConfig, tokenizer_size: 
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
+                mape_backend=mape_backend,
             )
         )
     return stages

@@ -23,8 +23,8 @@ from torch import nn
 from megatron_lance.model.dual_expert_layer import DualExpertLayer, DualExpertLayerSubmodules
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, computed in float32; its weight is replicated over sequence-parallel ranks.
+class NormWeight(nn.Module):
+    """The weight of an RMSNorm, replicated over sequence-parallel ranks.
 
     Args:
         config: supplies dtype and sequence parallelism.
@@ -38,10 +38,26 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype, device=device()))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
+
+class RMSNorm(NormWeight):
+    """RMSNorm over the last dimension, computed in float32."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normed.to(x.dtype) * self.weight
+
+
+class HeadNorm(NormWeight):
+    """Owns the norm weight of all query or all key heads; ops/qk_norm_mape.py applies it together with the rotation.
+
+    Calling hands the weight out: what waits for a module's parameters before its forward (megatron-core's overlapped
+    parameter gather) waits here too.
+    """
+
+    def forward(self) -> torch.Tensor:
+        """The weight, [hn]."""
+        return self.weight
 
 
 class NoCoreAttention(nn.Module):
@@ -56,8 +72,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def local_expert_layer() -> ModuleSpec:
-    """One expert's layer: a plain megatron-core TransformerLayer."""
+def local_expert_layer(qk_norm: bool) -> ModuleSpec:
+    """One expert's layer: a plain megatron-core TransformerLayer.
+
+    Args:
+        qk_norm: norm q and k per head.
+    """
+    qk_layernorm = HeadNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -69,8 +90,8 @@ def local_expert_layer() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=NoCoreAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
+                    q_layernorm=qk_layernorm,
+                    k_layernorm=qk_layernorm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -83,16 +104,22 @@ def local_expert_layer() -> ModuleSpec:
     )
 
 
-def block_submodules(num_layers: int, attention_backend: str) -> TransformerBlockSubmodules:
+def block_submodules(
+    num_layers: int, attention_backend: str, mape_backend: str, mrope_section: tuple[int, ...], qk_norm: bool
+) -> TransformerBlockSubmodules:
     """Submodules of a TransformerBlock of `num_layers` dual-expert layers without a final norm.
 
     Args:
         num_layers: layers on this pipeline stage (and virtual stage).
         attention_backend: of ops.attention.
+        mape_backend: of ops.qk_norm_mape.
+        mrope_section: frequencies per axis.
+        qk_norm: norm q and k per head.
     """
+    params = {"attention_backend": attention_backend, "mape_backend": mape_backend, "mrope_section": mrope_section}
     layer = ModuleSpec(
         module=DualExpertLayer,
-        params={"attention_backend": attention_backend},
-        submodules=DualExpertLayerSubmodules(und=local_expert_layer(), gen=local_expert_layer()),
+        params=params,
+        submodules=DualExpertLayerSubmodules(und=local_expert_layer(qk_norm), gen=local_expert_layer(qk_norm)),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers)

@@ -6,9 +6,16 @@ mean of means exists and any layout gives the same value.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+
+from megatron_lance.packing.sample import Pack, Task
+
+TASKS = tuple(Task)
+"""Order of sums and counts by task."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +25,33 @@ class LossCounts:
     Attributes:
         ce: rows with a CE loss.
         velocity: rows with a velocity loss.
+        by_task: rows of each of TASKS; a task has loss rows of one kind, see Task.is_generation.
     """
 
     ce: int
     velocity: int
+    by_task: tuple[int, ...]
+
+    @classmethod
+    def of(cls, packs: Iterable[Pack]) -> LossCounts:
+        """The loss rows of some packs."""
+        rows = dict.fromkeys(TASKS, 0)
+        ce = velocity = 0
+        for pack in packs:
+            for sample in pack.samples:
+                rows[sample.task] += sample.velocity_rows if sample.task.is_generation else sample.ce_rows
+                ce, velocity = ce + sample.ce_rows, velocity + sample.velocity_rows
+        return cls(ce, velocity, tuple(rows.values()))
 
 
 def weighted_sum(per_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over rows of per_row * weights, float32 scalar; both [rows]."""
     return (per_row.float() * weights).sum()
+
+
+def sums_by_task(per_row: torch.Tensor, weights: torch.Tensor, tasks: torch.Tensor) -> torch.Tensor:
+    """Sums over the rows of each of TASKS of per_row * weights: float32 [tasks]; tasks is int64 [rows]."""
+    return (per_row.detach().float() * weights) @ F.one_hot(tasks, len(TASKS)).float()
 
 
 def velocity_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

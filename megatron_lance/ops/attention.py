@@ -59,6 +59,13 @@ class _Pieces:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
+def _lower_right(n_q: int, n_k: int, device: torch.device) -> torch.Tensor:
+    """The bottom-right aligned causal mask: one that CUDA kernels know by name, else as bool [n_q, n_k]."""
+    if device.type == "cuda":
+        return causal_lower_right(n_q, n_k)
+    return torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(n_k - n_q)
+
+
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     if not plan.slices:  # keys and values stay in the graph: their gradients are reduced over all ranks
         return q + 0.0 * (k.sum() + v.sum()).to(q.dtype)
@@ -68,7 +75,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
     for piece, queries in zip(plan.slices, q.split([s.num_queries for s in plan.slices]), strict=True):
         n_q, n_k = piece.num_queries, piece.num_keys
         square = n_q == n_k
-        mask = causal_lower_right(n_q, n_k) if piece.causal and not square else None
+        mask = _lower_right(n_q, n_k, q.device) if piece.causal and not square else None
         k_slice, v_slice = keys.take(piece.keys, q.dtype), values.take(piece.keys, q.dtype)
         outputs.append(_attend(queries, k_slice, v_slice, groups, mask, causal=piece.causal and square))
     return torch.cat(outputs)

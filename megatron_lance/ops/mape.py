@@ -31,32 +31,21 @@ def inverse_frequencies(head_dim: int, base: float, dtype: str) -> torch.Tensor:
     return frequencies.to(SUPPORTED_INV_FREQ[dtype]).to(torch.float32)
 
 
-def frequency_axes(sections: Sequence[int]) -> torch.Tensor:
-    """The axis (0 temporal, 1 height, 2 width) each frequency follows.
-
-    Args:
-        sections: frequencies per axis; they sum to d/2.
-
-    Returns:
-        int64 [d/2].
-    """
-    return torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
-
-
 def rotary_angles(
-    positions: torch.Tensor, inv_freq: torch.Tensor, axes: torch.Tensor
+    positions: torch.Tensor, inv_freq: torch.Tensor, sections: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of every row and frequency; each frequency follows the axis of its section.
 
     Args:
         positions: int [3, r], temporal, height, width.
         inv_freq: float32 [d/2].
-        axes: int64 [d/2], from `frequency_axes`.
+        sections: frequencies per axis (temporal, height, width); they sum to d/2.
 
     Returns:
         (cos, sin), float32 [r, d/2].
     """
-    angles = positions.to(torch.float32).index_select(0, axes).transpose(0, 1) * inv_freq  # [r, d/2]
+    by_axis = zip(positions.to(torch.float32), inv_freq.split(list(sections)), strict=True)
+    angles = torch.cat([torch.outer(position, frequencies) for position, frequencies in by_axis], dim=1)  # [r, d/2]
     return angles.cos(), angles.sin()
 
 

@@ -153,13 +153,16 @@ class AttentionPlan:
             mask[piece.query[0] : piece.query[1], columns] = block
         return mask
 
-    def picture(self, width: int = 64) -> str:
-        """The mask as text: one character per cell of tokens, '#' all allowed, '+' some, '.' none."""
-        cells = min(width, self.length)
+    def cell_shares(self, cells: int) -> npt.NDArray[np.float64]:
+        """Share of allowed pairs in each cell of a grid over the mask: float64 [cells, cells]."""
         edges = np.linspace(0, self.length, cells + 1).astype(np.int64)
         counts = sum((_cell_counts(piece, edges) for piece in self.slices), np.zeros((cells, cells), np.int64))
-        area = np.outer(np.diff(edges), np.diff(edges))
-        symbols = np.where(counts == 0, ".", np.where(counts == area, "#", "+"))
+        return np.asarray(counts / np.outer(np.diff(edges), np.diff(edges)), np.float64)
+
+    def picture(self, width: int = 64) -> str:
+        """The mask as text: one character per cell of tokens, '#' all allowed, '+' some, '.' none."""
+        shares = self.cell_shares(min(width, self.length))
+        symbols = np.where(shares == 0, ".", np.where(shares == 1, "#", "+"))
         return "\n".join("".join(row) for row in symbols)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lance.packing.attention_plan import Range
+from megatron_lance.packing.attention_plan import AttentionPlan, Range
+from megatron_lance.packing.balance import deal_queries
 from megatron_lance.packing.sample import Pack
 from megatron_lance.packing.segment import VAE_KINDS, Expert
 
@@ -52,21 +53,9 @@ def token_experts(pack: Pack) -> npt.NDArray[np.bool_]:
     return gen
 
 
-def deal(tokens: IntArray, cp: int) -> list[IntArray]:
-    """Deal the tokens of one expert to context-parallel ranks, ascending on each rank.
-
-    The tokens are cut into 2 * cp equal chunks and rank r gets chunks r and 2 * cp - 1 - r, which balances rows
-    exactly (to one) and causal work nearly.
-    """
-    if cp == 1:
-        return [tokens]
-    chunks = np.array_split(tokens, 2 * cp)
-    return [np.concatenate([chunks[r], chunks[2 * cp - 1 - r]]) for r in range(cp)]
-
-
 @dataclass(frozen=True)
 class Layout:
-    """Rows of a pack on all ranks of a replica.
+    """Rows of a pack, or of a part of its tokens, on all ranks of a replica.
 
     Attributes:
         cp: context-parallel ranks.
@@ -74,7 +63,7 @@ class Layout:
         und_rows: rows of the und region of one context-parallel rank, padding included.
         gen_rows: rows of the gen region of one context-parallel rank, padding included.
         tokens: int64 [cp, und_rows + gen_rows], the pack-order token of each row, PADDING for padding rows.
-        length: real tokens of the pack.
+        length: real tokens of the pack, with or without rows.
     """
 
     cp: int
@@ -85,12 +74,27 @@ class Layout:
     length: int
 
     @classmethod
-    def build(cls, pack: Pack, cp: int, tp: int, alignment: int) -> Layout:
-        """The layout of a pack for the given degrees; the same on every rank that computes it."""
+    def build(cls, pack: Pack, cp: int, tp: int, alignment: int, part: npt.NDArray[np.bool_] | None = None) -> Layout:
+        """The layout of a pack for the given degrees; the same on every rank that computes it.
+
+        Args:
+            pack: the structure.
+            cp: context-parallel ranks.
+            tp: tensor-parallel ranks.
+            alignment: rows; a region's share per tensor-parallel rank is a multiple of it.
+            part: bool [L], the tokens that get rows, when the keys and values of the others are already known; None:
+                all, and as many rows as a pack of full capacity needs.
+
+        Raises:
+            ValueError: if the part is empty.
+        """
         gen_mask = token_experts(pack)
-        und = deal(np.flatnonzero(~gen_mask), cp)
-        gen = deal(np.flatnonzero(gen_mask), cp)
-        total = rows_per_rank(pack.capacity, cp, tp, alignment)
+        held = np.ones(pack.length, dtype=bool) if part is None else part
+        if not held.any():
+            raise ValueError(f"part of a pack of {pack.length} tokens: has none of them; leave the pass out")
+        experts = (np.flatnonzero(held & ~gen_mask), np.flatnonzero(held & gen_mask))
+        und, gen = deal_queries(AttentionPlan.from_pack(pack), experts, cp)
+        total = rows_per_rank(pack.capacity if part is None else int(held.sum()), cp, tp, alignment)
         und_rows = _round_up(max(1, *(len(t) for t in und)), alignment * tp)
         gen_rows = total - und_rows
         tokens = np.full((cp, total), PADDING, dtype=np.int64)
@@ -131,12 +135,17 @@ class Layout:
         return tuple((int(run[0]), int(run[-1]) + 1) for run in runs if len(run))
 
     def key_rows(self) -> IntArray:
-        """int64 [L]: row of each token when the rows of all context-parallel ranks are joined in rank order."""
-        flat = self.tokens.reshape(-1)
-        rows = np.empty(self.length, dtype=np.int64)
-        held = np.flatnonzero(flat != PADDING)
-        rows[flat[held]] = held
-        return rows
+        """Place of each token that has a row when the und regions of all ranks and then their gen regions are joined.
+
+        int64 [tokens with rows], ascending by token.
+        """
+        joined = np.concatenate([self.tokens[:, : self.und_rows].ravel(), self.tokens[:, self.und_rows :].ravel()])
+        held = np.flatnonzero(joined != PADDING)
+        return held[np.argsort(joined[held], kind="stable")]
+
+    def held_tokens(self) -> IntArray:
+        """The tokens that have a row, ascending: int64 [tokens with rows]."""
+        return np.sort(self.tokens[self.tokens != PADDING])
 
     def describe(self) -> str:
         """The layout as text: a line per rank."""

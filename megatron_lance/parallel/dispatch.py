@@ -16,7 +16,7 @@ from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.batch import PackNoise, PackTokens, PackVisuals
 from megatron_lance.packing.layout import PADDING, Layout
 from megatron_lance.packing.positions import Mape, pack_positions
-from megatron_lance.packing.sample import Pack
+from megatron_lance.packing.sample import Pack, Task
 from megatron_lance.packing.segment import VAE_KINDS, Expert, SegmentKind
 
 
@@ -33,7 +33,9 @@ class RankBatch:
         positions: int64 [3, R]; zeros for padding rows.
         query_rows: int64 [queries], row of each of this rank's queries, in pack order.
         row_queries: int64 [R], query of each row; the number of queries for padding rows.
-        key_rows: int64 [L], row of each token when the rows of all cp ranks are joined.
+        key_rows: int64 [K], place of each token that has a row (all L in training) among the joined rows of all cp
+            ranks, see Layout.key_rows.
+        key_tokens: int64 [K], those tokens.
         token_ids: int64 [U]; 0 for padding rows.
         text_mask: bool [u, 1], rows that take a word embedding.
         vit_rows: int64 [n], rows of the und shard that take ViT output.
@@ -46,8 +48,10 @@ class RankBatch:
         ce_rows: int64 [k >= 1], rows of the und region whose logits are needed.
         ce_labels: int64 [k].
         ce_weights: float32 [k]; 0 for rows without loss.
+        ce_tasks: int64 [k], number of the row's task in the order of Task.
         target: [g, C], velocity target.
         velocity_weights: float32 [g]; 0 for rows without loss.
+        velocity_tasks: int64 [g], as ce_tasks; 0 for padding rows.
     """
 
     region_rows: tuple[int, int]
@@ -57,6 +61,7 @@ class RankBatch:
     query_rows: torch.Tensor
     row_queries: torch.Tensor
     key_rows: torch.Tensor
+    key_tokens: torch.Tensor
     token_ids: torch.Tensor
     text_mask: torch.Tensor
     vit_rows: torch.Tensor
@@ -69,8 +74,10 @@ class RankBatch:
     ce_rows: torch.Tensor
     ce_labels: torch.Tensor
     ce_weights: torch.Tensor
+    ce_tasks: torch.Tensor
     target: torch.Tensor
     velocity_weights: torch.Tensor
+    velocity_tasks: torch.Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RankBatch:
         """The batch on a device; ViT output and latents that enter the model are cast to `dtype`."""
@@ -130,11 +137,24 @@ def _query_maps(layout: Layout, cp_rank: int) -> dict[str, torch.Tensor]:
     query_rows = layout.query_rows(cp_rank)
     row_queries = np.full(layout.rows, len(query_rows), dtype=np.int64)
     row_queries[query_rows] = np.arange(len(query_rows))
-    maps = {"query_rows": query_rows, "row_queries": row_queries, "key_rows": layout.key_rows()}
+    maps = {
+        "query_rows": query_rows,
+        "row_queries": row_queries,
+        "key_rows": layout.key_rows(),
+        "key_tokens": layout.held_tokens(),
+    }
     return {name: torch.from_numpy(value) for name, value in maps.items()}
 
 
-def _ce_part(layout: Layout, cp_rank: int, tokens: PackTokens, keep: np.ndarray) -> dict[str, torch.Tensor]:
+def _token_tasks(pack: Pack) -> np.ndarray:
+    """int64 [L]: number of each token's task in the order of Task."""
+    numbers = {task: number for number, task in enumerate(Task)}
+    return np.repeat([numbers[sample.task] for sample in pack.samples], [sample.length for sample in pack.samples])
+
+
+def _ce_part(
+    layout: Layout, cp_rank: int, tokens: PackTokens, keep: np.ndarray, tasks: np.ndarray
+) -> dict[str, torch.Tensor]:
     """CE rows on this cp rank; a dummy row of weight zero where there is none, so that the head always runs."""
     row_of = np.full(layout.length, PADDING, dtype=np.int64)
     region = layout.region_tokens(Expert.UND, cp_rank)
@@ -144,17 +164,19 @@ def _ce_part(layout: Layout, cp_rank: int, tokens: PackTokens, keep: np.ndarray)
     here = np.flatnonzero(rows != PADDING)
     if not len(here):
         zero = torch.zeros(1, dtype=torch.int64)
-        return {"ce_rows": zero, "ce_labels": zero, "ce_weights": torch.zeros(1)}
-    weights = keep[tokens.ce_rows.numpy()[here]].astype(np.float32)
+        return {"ce_rows": zero, "ce_labels": zero, "ce_weights": torch.zeros(1), "ce_tasks": zero}
+    predicting = tokens.ce_rows.numpy()[here]
+    weights = keep[predicting].astype(np.float32)
     return {
         "ce_rows": torch.from_numpy(rows[here]),
         "ce_labels": tokens.ce_labels[torch.from_numpy(here)],
         "ce_weights": torch.from_numpy(weights),
+        "ce_tasks": torch.from_numpy(tasks[predicting]),
     }
 
 
 def _gen_part(
-    pack: Pack, shard: np.ndarray, visuals: PackVisuals, noise: PackNoise, keep: np.ndarray
+    pack: Pack, shard: np.ndarray, visuals: PackVisuals, noise: PackNoise, keep: np.ndarray, tasks: np.ndarray
 ) -> dict[str, torch.Tensor]:
     """Generation rows of one shard: x_t, timesteps, grid, target, weights (spec/model.md section 5)."""
     index = _of_tokens(_content_index(pack, *VAE_KINDS), shard)
@@ -173,6 +195,7 @@ def _gen_part(
         "gen_mask": torch.from_numpy(shard != PADDING)[:, None],
         "target": eps - latents,
         "velocity_weights": weights,
+        "velocity_tasks": torch.from_numpy(np.where(shard == PADDING, 0, tasks[np.maximum(shard, 0)])),
     }
 
 
@@ -215,7 +238,7 @@ def rank_batch(
     positions = pack_positions(pack, mape, mape_step)
     vit_index = _of_tokens(_content_index(pack, SegmentKind.VIT), und_shard)
     vit_rows = np.flatnonzero(vit_index != PADDING)
-    keep = _loss_validity(pack, visuals.valid)
+    keep, tasks = _loss_validity(pack, visuals.valid), _token_tasks(pack)
     return RankBatch(
         region_rows=(layout.und_rows, layout.gen_rows),
         shard_rows=layout.shard_rows,
@@ -226,6 +249,6 @@ def rank_batch(
         text_mask=torch.from_numpy((und_shard != PADDING) & (vit_index == PADDING))[:, None],
         vit_rows=torch.from_numpy(vit_rows),
         vit=visuals.vit[torch.from_numpy(vit_index[vit_rows])],
-        **_ce_part(layout, cp_rank, tokens, keep),
-        **_gen_part(pack, gen_shard, visuals, noise, keep),
+        **_ce_part(layout, cp_rank, tokens, keep, tasks),
+        **_gen_part(pack, gen_shard, visuals, noise, keep, tasks),
     )

@@ -24,8 +24,8 @@ class RankMemory:
         parameters: parameters on the rank.
         weight_bytes: of them in the training precision.
         gradient_bytes: float32 gradient buffer.
-        optimizer_bytes: float32 main weights (bf16 only) and two moments, sharded over replicas and context-parallel
-            ranks with the distributed optimizer.
+        optimizer_bytes: float32 main weights (bf16 only), two moments and the average of the weights (with
+            training.ema_decay), sharded over replicas and context-parallel ranks with the distributed optimizer.
         activation_bytes: estimate for the micro-batches in flight.
     """
 
@@ -82,12 +82,14 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def layer_activation_bytes(run: RunConfig) -> int:
-    """Bytes autograd keeps of one layer and micro-batch on one rank without recompute (estimate).
+    """Bytes autograd keeps of one layer and micro-batch on one rank without full recompute (estimate).
 
     Sharded rows (R / tp) x hidden: block input, residual after attention, two norms of which each keeps its float32
     input and its output: 2 * width + 2 * (4 + width).  Whole rows R, over tp: q, k and v before and after norm and
     rotation with float32 copies: about (q + 2 kv) * (2 * width + 8); float32 k and v of all context-parallel ranks:
-    8 * kv * cp; attention output q * width; gate, up, silu(gate), product: 4 * ffn * width.
+    8 * kv * cp; attention output q * width; gate, up, silu(gate), product: 4 * ffn * width.  Selective recompute drops
+    the norms (layernorm), gate to product (mlp), and keeps k and v as they were gathered, width instead of 4
+    (core_attn).
 
     Args:
         run: the whole configuration.
@@ -98,8 +100,12 @@ def layer_activation_bytes(run: RunConfig) -> int:
     rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
     q = model.num_attention_heads * model.kv_channels // tp
     kv = max(model.num_query_groups // tp, 1) * model.kv_channels
-    sharded = model.hidden_size * (2 * width + 2 * (4 + width)) / tp
-    whole = (q + 2 * kv) * (2 * width + 8) + 8 * kv * cp + q * width + 4 * (model.ffn_hidden_size // tp) * width
+    dropped = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+    norms = 0 if "layernorm" in dropped else 2 * (4 + width)
+    mlp = 0 if "mlp" in dropped else 4 * (model.ffn_hidden_size // tp) * width
+    joined = 2 * kv * cp * (width if "core_attn" in dropped else 4)
+    sharded = model.hidden_size * (2 * width + norms) / tp
+    whole = (q + 2 * kv) * (2 * width + 8) + joined + q * width + mlp
     return int(rows * (sharded + whole))
 
 
@@ -133,7 +139,7 @@ def memory_per_rank(run: RunConfig, world_size: int) -> list[RankMemory]:
     dp = world_size // (tp * cp * pp)
     embedder, layer, heads = _parameters(run, tp)
     width = 4 if run.training.precision == "float32" else 2
-    state = 8 if width == 4 else 12
+    state = (8 if width == 4 else 12) + (4 if run.training.ema_decay else 0)
     shards = dp * cp if parallel.use_distributed_optimizer else 1
     result = []
     for pp_rank, layers in enumerate(layers_of_stages(run)):

@@ -25,11 +25,13 @@ class Request:
         sample: its structure, one noise segment.
         token_ids: int64 [length].
         clean: float32 [N_vae, C], latents of clean segments and frame conditions; rows to generate are ignored.
+        vit: [N_vit, hidden], ViT output of the condition's ViT segments.
     """
 
     sample: Sample
     token_ids: torch.Tensor
     clean: torch.Tensor
+    vit: torch.Tensor
 
     @property
     def target_rows(self) -> torch.Tensor:
@@ -56,7 +58,9 @@ class SamplerSettings:
     Attributes:
         steps: Euler steps.
         shift: timestep shift.
-        scale: guidance scale; 1 turns guidance off.
+        scale: guidance scale on text; 1 turns guidance off.
+        visual_scale: guidance scale on the visual conditions of edits and references, with a branch that has neither
+            text nor conditions; 1 leaves that branch out.
         interval: guidance is on for t in (low, high].
         renorm: global (over all target rows of a sample) | channel (per row) | none.
     """
@@ -64,6 +68,7 @@ class SamplerSettings:
     steps: int = 30
     shift: float = 3.5
     scale: float = 4.0
+    visual_scale: float = 1.0
     interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
 
@@ -100,9 +105,30 @@ def without_caption(request: Request) -> Request:
     return replace(request, sample=replace(sample, segments=tuple(segments), caption_span=None), token_ids=kept)
 
 
-def _guided(conditional: torch.Tensor, unconditional: torch.Tensor, settings: SamplerSettings) -> torch.Tensor:
-    """Guided velocity of a sample's target rows [n, C], scaled back to the conditional one's norm."""
-    v = unconditional + settings.scale * (conditional - unconditional)
+def without_conditions(request: Request) -> Request:
+    """The branch without visual conditions: their ViT and clean blocks are left out."""
+    kept = [s for s in request.sample.segments if s.kind in (SegmentKind.TEXT, SegmentKind.NOISE)]
+    if len(kept) == len(request.sample.segments):
+        return request
+    ids, at = [], 0
+    for segment in request.sample.segments:
+        if segment in kept:
+            ids.append(request.token_ids[at : at + segment.length])
+        at += segment.length
+    shape = replace(request.sample, segments=tuple(kept))
+    return Request(shape, torch.cat(ids), request.clean[_noise_rows(request)], request.vit[:0])
+
+
+def _guided(branches: Sequence[torch.Tensor], settings: SamplerSettings) -> torch.Tensor:
+    """Guided velocity of a sample's target rows [n, C], scaled back to the conditional one's norm.
+
+    Args:
+        branches: conditional, without caption, and without caption and conditions if that is computed.
+        settings: scales and renorm.
+    """
+    conditional, plain = branches[:2]
+    bare = branches[2] if len(branches) > 2 else plain
+    v = bare + settings.scale * (conditional - plain) + settings.visual_scale * (plain - bare)
     if settings.renorm == "none":
         return v
     dim = None if settings.renorm == "global" else -1
@@ -137,15 +163,19 @@ def sample(
     """
     masks = [request.target_rows for request in requests]
     xs = [torch.where(m[:, None], n, r.clean) for m, n, r in zip(masks, noise, requests, strict=True)]
-    plain = [without_caption(request) for request in requests]
+    guidance = settings.scale != 1.0 or settings.visual_scale != 1.0
+    branches = [_branches(request, settings) for request in requests]
+    together = list({id(b): b for number in range(3) for own in branches for b in own[number : number + 1]}.values())
     times = timesteps(settings.steps, settings.shift)
     low, high = settings.interval
     inside = ((times > low) & (times <= high)).tolist()  # in float32, as the times are: 0.4 is not above 0.4
     for now, after, guided in zip(times[:-1].tolist(), times[1:].tolist(), inside[:-1], strict=True):
-        if settings.scale != 1.0 and guided:
-            both = velocity([*requests, *plain], [*xs, *xs], now)
-            pairs = zip(both[: len(requests)], both[len(requests) :], masks, strict=True)
-            steps = [_guided(c[m], u[m], settings) for c, u, m in pairs]
+        if guidance and guided:
+            owners = {id(b): i for i, own in enumerate(branches) for b in own}
+            inputs = [_rows_for(b, requests[owners[id(b)]], xs[owners[id(b)]]) for b in together]
+            results = velocity(together, inputs, now)
+            targets = {id(b): v[b.target_rows] for b, v in zip(together, results, strict=True)}
+            steps = [_guided([targets[id(b)] for b in own], settings) for own in branches]
         else:
             steps = [v[m] for v, m in zip(velocity(requests, xs, now), masks, strict=True)]
         for x, mask, v in zip(xs, masks, steps, strict=True):
@@ -153,12 +183,27 @@ def sample(
     return [_target(request, x) for request, x in zip(requests, xs, strict=True)]
 
 
-def _target(request: Request, x: torch.Tensor) -> torch.Tensor:
-    """Rows of the noise segment [N_vae, C] -> [T, H, W, C]."""
+def _branches(request: Request, settings: SamplerSettings) -> list[Request]:
+    """Conditional, without caption, and if visual guidance is on without caption and conditions."""
+    plain = without_caption(request)
+    return [request, plain] if settings.visual_scale == 1.0 else [request, plain, without_conditions(plain)]
+
+
+def _noise_rows(request: Request) -> slice:
+    """VAE rows of the noise segment."""
     at = 0
     for segment in request.sample.segments:
         if segment.kind is SegmentKind.NOISE:
-            break
-        at += segment.content_length if segment.kind in VAE_KINDS else 0
-    t, h, w = request.target_grid
-    return x[at : at + t * h * w].reshape(t, h, w, -1)
+            return slice(at, at + segment.content_length)
+        at += segment.gen_length
+    raise ValueError(f"sample {request.sample.sample_id}: has no noise segment")
+
+
+def _rows_for(branch: Request, request: Request, x: torch.Tensor) -> torch.Tensor:
+    """The request's x as a branch sees it: all rows, or the noise segment's where the conditions are left out."""
+    return x if len(branch.clean) == len(request.clean) else x[_noise_rows(request)]
+
+
+def _target(request: Request, x: torch.Tensor) -> torch.Tensor:
+    """Rows of the noise segment [N_vae, C] -> [T, H, W, C]."""
+    return x[_noise_rows(request)].reshape(*request.target_grid, -1)

@@ -5,6 +5,8 @@ Station: VAE decoder -> [files].  Pixels are float [3, T, H, W] in -1..1; the pr
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -34,7 +36,13 @@ def write_png(path: Path, picture: npt.NDArray[np.uint8], prompt: str) -> None:
 
 def write_mp4(path: Path, frames: Frames, fps: float, prompt: str) -> None:
     """Write a clip as H.264 with its prompt as metadata "comment"."""
-    with av.open(str(path), "w") as container:
+    path.write_bytes(mp4_bytes(frames, fps, prompt))
+
+
+def mp4_bytes(frames: Frames, fps: float, prompt: str = "") -> bytes:
+    """A clip as an MP4 file of H.264."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
         container.metadata["comment"] = prompt
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
@@ -43,6 +51,16 @@ def write_mp4(path: Path, frames: Frames, fps: float, prompt: str) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def picture_grid(pictures: Sequence[Frames]) -> Frames:
+    """Pictures of one size in a square grid, row by row: [1, n H, n W, 3] for up to n * n of them."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    blank = [np.zeros_like(pictures[0][0])] * (columns * columns - len(pictures))
+    cells = [picture[0] for picture in pictures] + blank
+    rows = [np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)]
+    return np.concatenate(rows, axis=0)[None]
 
 
 def contact_sheet(samples: Sequence[tuple[Frames, str]], columns: int, scale: int = 1) -> Image.Image:

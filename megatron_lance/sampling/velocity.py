@@ -1,52 +1,56 @@
-"""The model as a velocity function, on any layout.
+"""The model as a velocity function, with the clean context's keys and values computed once.
 
-Station: sampler -> [pack -> dispatch -> stages -> rows of all ranks] -> sampler.  All requests of a call become one
-pack; stages run by megatron-core's forward-only schedule, and every rank of the replica gets all velocities.
+Station: Euler sampler -> [requests as one pack -> model passes] -> Euler sampler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_lance.config.schema import ModelConfig
-from megatron_lance.model.heads import HeadOutputs
-from megatron_lance.model.lance_model import LanceModel
-from megatron_lance.packing.batch import PackNoise, PackTokens, PackVisuals
-from megatron_lance.packing.layout import PADDING, Layout, token_experts
+from megatron_lance.model.joint_attention import KeyValueCache
 from megatron_lance.packing.positions import Mape
 from megatron_lance.packing.sample import Pack
-from megatron_lance.packing.segment import Expert
-from megatron_lance.parallel.dispatch import RankBatch, rank_batch
-from megatron_lance.parallel.groups import Groups
+from megatron_lance.packing.segment import SegmentKind
 from megatron_lance.sampling.flow_sampler import Request
+from megatron_lance.sampling.passes import ModelPasses, Part, PassInputs, pack_of
 
 
-def _forward_step(batches: Iterator[RankBatch], model: Any) -> tuple[Any, Any]:
-    return model(next(batches)), lambda output, non_loss_data: output
+def context_and_target(pack: Pack) -> tuple[Part, Part]:
+    """The tokens before each sample's noise segment, and those of the noise segments; bool [L] each."""
+    context, target = np.zeros(pack.length, dtype=bool), np.zeros(pack.length, dtype=bool)
+    starts = pack.sample_starts
+    for placed in pack.visual_segments(SegmentKind.NOISE):
+        context[starts[placed.sample_index] : placed.start] = True
+        target[placed.start : placed.stop] = True
+    return context, target
 
 
 class ModelVelocity:
-    """Calls the model for the velocity of packed requests.
+    """Velocity of packed requests; a collective of the replica.
+
+    Requests that begin the list of the call before (as the conditional branch does when guidance ends) use its cache.
 
     Args:
-        stages: the model chunks of this pipeline rank.
-        model: sizes and MaPE.
-        groups: degrees and ranks.
-        alignment: rows; as in training.
+        passes: runs the model.
+        cached: keep the context's keys and values between calls; else every call computes all tokens.
     """
 
-    def __init__(self, stages: Sequence[LanceModel], model: ModelConfig, groups: Groups, alignment: int) -> None:
-        self.stages, self.model, self.groups, self.alignment = list(stages), model, groups, alignment
-        self.dtype = stages[0].config.params_dtype
+    def __init__(self, passes: ModelPasses, cached: bool = True) -> None:
+        self.passes, self.cached = passes, cached
+        self.mape = Mape(passes.model.mape)
+        self.known: list[Request]
+        self.cache: KeyValueCache
+        self.forget()
 
-    @torch.no_grad()
+    def forget(self) -> None:
+        """Drop the cache: the weights have changed, or its memory is wanted."""
+        self.known, self.cache = [], KeyValueCache(0)
+
     def __call__(self, requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
-        """Velocity of each request's VAE rows at time t; a collective of the replica.
+        """Velocity of each request's VAE rows at time t.
 
         Args:
             requests: packed together.
@@ -54,61 +58,22 @@ class ModelVelocity:
             t: time of the rows to generate; other rows are at 0.
 
         Returns:
-            float32 [N_vae, C] each, on the CPU.
+            float32 [N_vae, C] each, on the CPU; with the cache, rows before the noise segment are zero.
         """
-        pack = Pack(tuple(r.sample for r in requests), sum(r.sample.length for r in requests))
-        layout = Layout.build(pack, self.groups.cp, self.groups.tp, self.alignment)
-        x = torch.cat(list(xs))
-        mask = torch.cat([r.target_rows for r in requests])
-        batch = rank_batch(
-            pack,
-            layout,
-            PackTokens.from_ids(pack, torch.cat([r.token_ids for r in requests])),
-            PackVisuals(
-                vit=x.new_zeros(0, self.model.hidden_size),
-                latents=x,
-                valid=torch.ones(_visuals(pack), dtype=torch.bool),
-            ),
-            PackNoise(mask.float() * t, torch.zeros_like(x), mask, x_t=x),
-            mape=Mape(self.model.mape),
-            mape_step=self.model.mape_step,
-            cp_rank=self.groups.cp_rank,
-            tp_rank=self.groups.tp_rank,
-        ).to(self.groups.device, self.dtype)
-        outputs = self._run(batch, layout)
-        rows = self._gather(outputs, layout, pack, x)
-        return list(rows.split([len(x) for x in xs]))
-
-    def _run(self, batch: RankBatch, layout: Layout) -> HeadOutputs | None:
-        """The heads' outputs on the last stage, None elsewhere."""
-        for stage in self.stages:
-            stage.eval()
-        copies = self.groups.pp if len(self.stages) > 1 else 1  # the interleaved schedule needs one batch per stage
-        stored = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=[iter([batch] * copies) for _ in self.stages],
-            model=self.stages,
-            num_microbatches=copies,
-            seq_length=layout.rows * self.groups.cp,
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
+        inputs = PassInputs(
+            pack=pack_of([r.sample for r in requests]),
+            token_ids=torch.cat([r.token_ids for r in requests]),
+            vit=torch.cat([r.vit for r in requests]),
+            x=torch.cat(list(xs)),
+            timesteps=torch.cat([r.target_rows for r in requests]).float() * t,
+            logit_rows=torch.zeros(0, dtype=torch.int64),
         )
-        for stage in self.stages:
-            stage.train()
-        return stored[0] if stored else None
-
-    def _gather(self, outputs: HeadOutputs | None, layout: Layout, pack: Pack, x: torch.Tensor) -> torch.Tensor:
-        """Velocity rows of all shards, on every rank of the replica, in pack order: float32 [N_vae, C]."""
-        rows = torch.zeros_like(x, device=self.groups.device)
-        if outputs is not None:
-            shard = layout.shard_tokens(Expert.GEN, self.groups.cp_rank, self.groups.tp_rank)
-            order = token_experts(pack).cumsum() - 1  # pack-order token -> VAE row
-            held = torch.from_numpy(shard != PADDING)
-            rows[torch.from_numpy(order[shard[shard != PADDING]])] = outputs.velocity[held].float()
-        dist.all_reduce(rows, group=self.groups.replica)
-        return rows.cpu()
-
-
-def _visuals(pack: Pack) -> int:
-    return sum(1 for placed in pack.placed_segments() if placed.segment.is_visual)
+        if self.cached:
+            context, target = context_and_target(inputs.pack)
+            if len(requests) > len(self.known) or any(a is not b for a, b in zip(requests, self.known, strict=False)):
+                self.known, self.cache = list(requests), KeyValueCache(inputs.pack.length)
+                self.passes.fill(inputs, self.mape, context, self.cache)
+            rows = self.passes.velocity(inputs, self.mape, target, self.cache.first(inputs.pack.length))
+        else:
+            rows = self.passes.velocity(inputs, self.mape)
+        return list(rows.split([len(x) for x in xs]))

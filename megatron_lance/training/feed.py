@@ -86,7 +86,7 @@ class Feed:
         visuals = self.encoder.encode(packs, self.reader)
         return StepInputs(
             batches=[self._batch(*pair) for pair in zip(packs, visuals, strict=True)],
-            counts=LossCounts(sum(p.ce_rows for p in planned), sum(p.velocity_rows for p in planned)),
+            counts=LossCounts.of(p.pack for p in planned),
             packs=numbers,
             tokens=sum(p.pack.length for p in planned),
             capacity=sum(p.pack.capacity for p in planned),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from megatron_lance.checkpoint.saver import Saver, SaveTimes
 from megatron_lance.config.errors import NonFiniteError
 from megatron_lance.config.schema import RunConfig, TrainingConfig
 from megatron_lance.parallel.groups import Groups
@@ -30,7 +30,7 @@ from megatron_lance.training.step import StepLosses, forward_backward
 logger = logging.getLogger(__name__)
 
 
-def _update(trainee: Trainee, losses: StepLosses) -> tuple[float, bool]:
+def update(trainee: Trainee, losses: StepLosses) -> tuple[float, bool]:
     """Clip and update unless the loss or the gradients are not finite; all ranks decide alike.
 
     The loss is a sum over all ranks and the gradient norm is reduced over the model, and gradients are already
@@ -48,11 +48,23 @@ def _update(trainee: Trainee, losses: StepLosses) -> tuple[float, bool]:
         if part.get_parameters() and part.config.clip_grad > 0.0:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
+    if trainee.average is not None:
+        trainee.average.update()
     return norm, False
 
 
-def run_step(step: int, run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups) -> tuple[StepMetrics, StepInputs]:
+def run_step(
+    step: int, run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups, saving: SaveTimes
+) -> tuple[StepMetrics, StepInputs]:
     """One whole step, counted from 0: inputs, forward and backward, update.
+
+    Args:
+        step: its number.
+        run: the whole configuration.
+        trainee: model, optimizer, scheduler.
+        feed: inputs by step number.
+        groups: degrees and ranks.
+        saving: what checkpoints cost since the step before.
 
     Returns:
         (its metrics, its inputs).
@@ -61,8 +73,8 @@ def run_step(step: int, run: RunConfig, trainee: Trainee, feed: Feed, groups: Gr
     inputs = feed.step(step)
     ready = time.perf_counter()
     trainee.scheduler.step(increment=1)
-    losses = forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups)
-    norm, skipped = _update(trainee, losses)
+    losses = forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=inputs.broken)
+    norm, skipped = update(trainee, losses)
     seconds = time.perf_counter() - start
     metrics = StepMetrics(
         step=step + 1,
@@ -75,8 +87,11 @@ def run_step(step: int, run: RunConfig, trainee: Trainee, feed: Feed, groups: Gr
         fill=inputs.tokens / inputs.capacity,
         step_seconds=seconds,
         data_seconds=ready - start,
-        broken=inputs.broken,
+        broken=losses.broken,
+        loss_by_task=losses.by_task,
         skipped=skipped,
+        save_stall_seconds=saving.stall_seconds,
+        save_seconds=saving.seconds,
     )
     return metrics, inputs
 
@@ -135,7 +150,7 @@ def train(
     trainee: Trainee,
     feed: Feed,
     groups: Groups,
-    save: Callable[[int], object],
+    saver: Saver,
     steps_done: int = 0,
     preview: Preview | None = None,
 ) -> list[StepMetrics]:
@@ -146,7 +161,7 @@ def train(
         trainee: model, optimizer, scheduler.
         feed: inputs by step number.
         groups: degrees and ranks.
-        save: writes a checkpoint, given the steps done; a collective of the world.
+        saver: writes checkpoints.
         steps_done: by the process before this one.
         preview: draws pictures for TensorBoard.
 
@@ -155,22 +170,27 @@ def train(
 
     Raises:
         NonFiniteError: after `training.max_nonfinite_steps` in a row; names the packs.
+        StoreError: if a checkpoint cannot be written.
     """
     settings = run.training
     history: list[StepMetrics] = []
     bad_in_a_row = 0
     with Reporter(settings, steps_done, dist.get_rank() == 0) as reporter:
         for step in range(steps_done, settings.train_iters):
-            metrics, inputs = run_step(step, run, trainee, feed, groups)
+            metrics, inputs = run_step(step, run, trainee, feed, groups, saver.take_times())
             history.append(metrics)
             reporter.step(metrics)
+            saver.poll()
             bad_in_a_row = bad_in_a_row + 1 if metrics.skipped else 0
+            if bad_in_a_row >= settings.max_nonfinite_steps:
+                saver.finish()
             _check_finite(metrics, inputs, bad_in_a_row, settings.max_nonfinite_steps)
             due = settings.save_interval > 0 and metrics.step % settings.save_interval == 0
             if due or metrics.step == settings.train_iters:
-                save(metrics.step)
+                saver.save(metrics.step)
             if preview is not None and (
                 metrics.step % run.preview.interval == 0 or metrics.step == settings.train_iters
             ):
                 reporter.writer.write_pictures(preview.captions, preview.draw(), metrics.step)
+        saver.finish()
     return history

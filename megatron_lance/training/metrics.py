@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -35,8 +36,11 @@ class StepMetrics:
         fill: real tokens / capacity.
         step_seconds: whole step.
         data_seconds: of it, waiting for data.
-        broken: visual segments of this replica's packs that could not be read.
+        broken: visual segments of the global batch that could not be read.
+        loss_by_task: mean over the loss rows of each task in the batch: CE of understanding, velocity of generation.
         skipped: whether the optimizer step was left out because loss or gradients were not finite.
+        save_stall_seconds: that training stood still for checkpoints since the line before.
+        save_seconds: of the checkpoint published since then, from its begin; 0 if there was none.
     """
 
     step: int
@@ -50,7 +54,10 @@ class StepMetrics:
     step_seconds: float
     data_seconds: float
     broken: int
+    loss_by_task: dict[str, float]
     skipped: bool
+    save_stall_seconds: float
+    save_seconds: float
 
     def line(self, last_step: int) -> str:
         """The step as one line."""
@@ -77,6 +84,13 @@ def _drop_after(path: Path, step: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON has it: None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MetricsWriter:
@@ -117,9 +131,9 @@ class MetricsWriter:
         if not self.enabled:
             return
         values = asdict(metrics)
-        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
-        self.lines.write(json.dumps(finite) + "\n")
+        self.lines.write(json.dumps({name: _finite(value) for name, value in values.items()}) + "\n")
         self.lines.flush()
-        for name, value in values.items():
+        by_task = {f"loss/{task}": loss for task, loss in values.pop("loss_by_task").items()}
+        for name, value in {**values, **by_task}.items():
             if name != "step":
                 self.board.add_scalar(f"train/{name}", float(value), metrics.step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
 from megatron_lance.checkpoint.hf_lance import FolderSource, RandomSource, WeightSource, load_weights
+from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.store import check_model, load_model
 from megatron_lance.config.schema import ParallelConfig, RunConfig
 from megatron_lance.model.lance_model import LanceModel, build_stages
 from megatron_lance.model.transformer_config import transformer_config
 from megatron_lance.parallel.groups import Groups
+from megatron_lance.training.ema import WeightAverage
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Trainee:
         chunks: the same, wrapped for data parallelism.
         optimizer: over all chunks.
         scheduler: sets the learning rate of every step.
+        average: of the weights; None without training.ema_decay.
     """
 
     config: TransformerConfig
@@ -40,6 +45,7 @@ class Trainee:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    average: WeightAverage | None
 
 
 def _finalize(chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
@@ -113,14 +119,23 @@ def _scheduler(run: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamSc
     )
 
 
-def weight_source(run: RunConfig) -> WeightSource:
-    """Where initial weights come from: a folder in the public layout, or (seed, parameter name)."""
-    if run.training.init_from:
-        return FolderSource(run.training.init_from, run.model)
-    return RandomSource(run.training.seed, run.model)
+def weight_source(run: RunConfig) -> WeightSource | Checkpoint:
+    """Where initial weights come from: a folder in the public layout, a checkpoint, or (seed, parameter name).
+
+    Raises:
+        UserError: if the weights do not fit the model.
+    """
+    folder = run.training.init_from
+    if not folder:
+        return RandomSource(run.training.seed, run.model)
+    if names_checkpoint(Path(folder)):
+        checkpoint = checkpoint_at(Path(folder))
+        check_model(checkpoint, run.model)
+        return checkpoint
+    return FolderSource(folder, run.model, f"training.init_from {folder!r}")
 
 
-def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSource) -> Trainee:
+def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSource | Checkpoint) -> Trainee:
     """Build and initialise what this rank trains.
 
     Args:
@@ -130,10 +145,15 @@ def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSou
         source: initial weights.
     """
     config = transformer_config(run.model, run.parallel, run.training.precision)
-    stages = build_stages(config, run.model, tokenizer_size)
-    load_weights(stages, source, run.model, tp_rank=groups.tp_rank, tp=groups.tp)
+    stages = build_stages(config, run.model, tokenizer_size, run.ops.mape)
+    if isinstance(source, Checkpoint):
+        load_model(source, stages)
+    else:
+        load_weights(stages, source, run.model, tp_rank=groups.tp_rank, tp=groups.tp)
     chunks = _wrap(config, run.parallel, stages)
     _connect_schedule(config, run.parallel, chunks)
     optimizer = _optimizer(run, config, list(chunks))
     config.grad_scale_func = optimizer.scale_loss
-    return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer))
+    decay = run.training.ema_decay
+    average = WeightAverage(optimizer, chunks, decay) if decay else None
+    return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer), average)

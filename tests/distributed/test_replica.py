@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 import yaml
 
+from megatron_lance.config.loader import load_config
 from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.prepack import prepack
 from megatron_lance.packing.sample import Pack
 from megatron_lance.packing.segment import VAE_KINDS, SegmentKind
 from tests.distributed.launch import torchrun
 from tests.shared import REPOSITORY
-from tests.tiny import TASKS, TinyRun, jpeg, mp4
+from tests.tiny import ROWS, TASKS, TinyRun, jpeg, mp4
 
 SCRIPT = str(REPOSITORY / "tests" / "distributed" / "run_replica.py")
 RANKS = (1, 2, 3)
@@ -135,10 +138,35 @@ def test_rows_of_a_broken_sample_have_weight_zero_and_still_count(
             assert rank["broken"] == sum(len(p.rows) for p in packs) - sum(map(len, kept))
 
 
-def test_training_goes_on_over_broken_media(damaged: Path, tmp_path: Path) -> None:
-    run_dir = f"training.run_dir={tmp_path / 'run'}"
-    arguments = ["--config", str(damaged), "training.train_iters=3", run_dir]
-    output = torchrun(1, "-m", "megatron_lance.training.train", *arguments)
-    assert output.count("broken media: source text2image, file text2image.parquet, row 0, image_bytes: ") == 1
-    assert output.count("broken media: source text2video, file text2video.parquet, row 2, video_bytes: ") == 1
+def train(config: Path, run_dir: Path, *overrides: str) -> tuple[list[dict[str, Any]], str]:
+    """Three steps on two ranks: the lines of metrics.jsonl, and the output."""
+    arguments = ["--config", str(config), "training.train_iters=3", f"training.run_dir={run_dir}", *overrides]
+    output = torchrun(2, "-m", "megatron_lance.training.train", *arguments)
     assert "step 3/3 loss" in output and "SKIPPED" not in output
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()], output
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_training_goes_on_over_broken_media(replicas: int, damaged: Path, tmp_path: Path) -> None:
+    metrics, output = train(damaged, tmp_path / "run", f"parallel.context_parallel_size={2 // replicas}")
+    for place in (
+        "source text2image, file text2image.parquet, row 0, image_bytes: ",
+        "source text2video, file text2video.parquet, row 2, video_bytes: ",
+    ):
+        assert 1 <= output.count(f"broken media: {place}") <= replicas
+    run = load_config([str(damaged)])
+    index = PackIndex.open(run.data.pack_index)
+    batches = [index.global_batch(step, run.training.global_batch_size) for step in range(3)]
+    ids = [[row.sample.sample_id for number in batch for row in index.pack(number).rows] for batch in batches]
+    assert [line["broken"] for line in metrics] == [sum(i in BROKEN for i in batch) for batch in ids]
+    assert any(line["broken"] for line in metrics)
+
+
+def test_what_prepack_finds_broken_is_replaced(damaged: Path, tmp_path: Path) -> None:
+    pack_index = f"data.pack_index={tmp_path / 'index'}"
+    run = load_config([str(damaged)], [pack_index])
+    index = prepack(run.data, run.model, run.training.seed, run.training.global_batch_size, progress=False)
+    assert (index.counts["unusable"], index.counts["substituted"]) == (2, 2 * run.data.epochs)
+    assert index.counts["samples"] == run.data.epochs * ROWS * len(TASKS)
+    metrics, output = train(damaged, tmp_path / "run", pack_index)
+    assert [line["broken"] for line in metrics] == [0, 0, 0] and "broken media" not in output

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_lance.checkpoint.hf_export import POSITION_KEY, WEIGHTS_FILE, export_lance
+from megatron_lance.checkpoint.hf_export import export_lance
+from megatron_lance.checkpoint.hf_lance import POSITION_KEY
 from megatron_lance.checkpoint.manifest import checkpoint_at, find_checkpoint
+from megatron_lance.checkpoint.public_files import WEIGHTS_FILE
 from tests.distributed.launch import torchrun
+from tests.distributed.stored import assert_equal_tensors, stored_tensors
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
 
@@ -23,13 +26,14 @@ TP2, PP2, CP2 = (f"parallel.{name}_parallel_size=2" for name in ("tensor_model",
 VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
 PLAIN = "parallel.use_distributed_optimizer=false"
 BF16 = "training.precision=bf16"
+OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
-    "tp2": (2, [TP2]),
+    "tp2": (2, [TP2, "training.async_save=true", "training.ema_decay=0.9"]),
     "pp2": (2, [PP2]),
     "pp2_vpp2_plain": (2, [PP2, VPP2, PLAIN]),
     "dp2": (2, []),
-    "dp2_bf16": (2, [BF16, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+    "dp2_bf16": (2, [BF16, *OVERLAP, "training.ema_decay=0.9"]),
 }
 # Another run than the one that wrote the checkpoint: name -> ranks, layout, run that wrote it.
 OTHERS = {
@@ -47,6 +51,7 @@ WEIGHTS = {
 }
 EXPORTS = ("tp2", "pp2", "dp2_bf16")
 SCHEDULE = ["optimizer.lr_decay_style=cosine", "optimizer.lr_warmup_iters=2", "optimizer.lr_decay_iters=8"]
+KINDS = ("straight", "half")
 EXACT = ("loss", "ce_loss", "velocity_loss", "grad_norm", "learning_rate", "fill")
 
 
@@ -89,7 +94,7 @@ def later_jobs(runs: Runs, ranks: int) -> list[dict[str, Any]]:
     six = "training.train_iters=6"
     jobs = []
     for name, layout in ((n, at) for n, (r, at) in LAYOUTS.items() if r == ranks):
-        keep = f"training.keep_checkpoints={2 if name == 'one' else 0}"
+        keep = f"training.keep_last={2 if name == 'one' else 0}"
         jobs.append(runs.job("half", name, layout, six, "training.resume=3", keep))
     for name, layout, source in ((n, at, s) for n, (r, at, s) in OTHERS.items() if r == ranks):
         checkpoint = runs.run_dir("straight_3", source) / "step_00000003"
@@ -142,6 +147,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(runs: Runs, nam
     assert [found.manifest.step for found in weights] == [6, 6]
 
 
+@pytest.mark.parametrize("name", ["tp2", "dp2_bf16"])
+def test_so_do_averaged_weights(runs: Runs, name: str) -> None:
+    straight, half = (stored_tensors(checkpoint_at(runs.run_dir(kind, name)).folder, "ema.") for kind in KINDS)
+    assert_equal_tensors(half, straight)
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+
+
 def test_retention_keeps_the_newest(runs: Runs) -> None:
     names = {path.name for path in (runs.run_dir("half", "one") / "checkpoints").iterdir()}
     assert names == {"latest", "step_00000004", "step_00000006"}
@@ -160,23 +172,18 @@ def test_another_tensor_or_pipeline_layout_is_refused(runs: Runs) -> None:
     error = (runs.run_dir("other", "tp2_on_pp2") / "error.txt").read_text(encoding="utf-8")
     for part in (
         "parallel.tensor_model_parallel_size: 2 -> 1; parallel.pipeline_model_parallel_size: 1 -> 2",
-        "the optimizer's state loads on other dp and cp sizes only",
-        "tools/convert_checkpoint.py export-lance and start from them by training.init_from",
+        "the optimizer's state, dp_reshardable, loads on other dp and cp sizes only",
+        "with training.resume=3 training.train_iters=3 training.save_format=fully_reshardable and go on from that",
+        "start from its weights by training.init_from",
     ):
         assert part in error
     assert not (runs.run_dir("other", "tp2_on_pp2") / "metrics.jsonl").exists()
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
-
-
 @pytest.mark.parametrize("name", ["tp2_on_one", "pp2_on_tp2"])
 def test_model_weights_load_on_any_layout(runs: Runs, name: str) -> None:
     own = load_file(runs.folder / f"{WEIGHTS[name][2]}_own.safetensors")
-    assert_equal(load_file(runs.folder / f"{name}.safetensors"), own)
+    assert_equal_tensors(load_file(runs.folder / f"{name}.safetensors"), own)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -184,8 +191,8 @@ def test_an_export_and_what_is_loaded_from_it_are_equal_bit_for_bit(runs: Runs, 
     own = load_file(runs.folder / f"{name}_own.safetensors")
     exported = load_file(runs.folder / f"export_{name}" / WEIGHTS_FILE)
     del exported[POSITION_KEY]
-    assert_equal(exported, own)
-    assert_equal(load_file(runs.folder / f"{name}_back.safetensors"), own)
+    assert_equal_tensors(exported, own)
+    assert_equal_tensors(load_file(runs.folder / f"{name}_back.safetensors"), own)
 
 
 def test_a_run_starts_from_an_export(runs: Runs) -> None:

@@ -67,7 +67,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "real.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     run = load_config([str(path)])
-    index = prepack(run.data, run.model, run.training.seed, progress=False)
+    index = prepack(run.data, run.model, run.training.seed, run.training.global_batch_size, progress=False)
     tasks = {str(row.sample.task) for number in range(len(index)) for row in index.pack(number).rows}
     assert index.counts["unusable"] == 0 and tasks == {task for _, _, task in SOURCES}
     return path

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lance.checkpoint.digests import digests_of, files_in
 from megatron_lance.checkpoint.files import partial_folder, publish, write_text
 from megatron_lance.checkpoint.manifest import (
+    DP_RESHARDABLE,
+    FULLY_RESHARDABLE,
     LATEST_FILE,
     MANIFEST_FILE,
+    PER_PARAMETER,
     DataIdentity,
     Manifest,
     StoreError,
@@ -26,6 +30,7 @@ from megatron_lance.checkpoint.manifest import (
 )
 from megatron_lance.config.loader import ConfigError, from_dict, load_config, to_dict
 from megatron_lance.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from tests.shared import REPOSITORY
 
 DATA = DataIdentity("t" * 64, "0123456789abcdef")
 BROKEN = {("clips", "a.parquet", 3, "video_bytes"): "truncated video"}
@@ -36,18 +41,19 @@ def run_in(folder: Path, resume: str | int = "") -> RunConfig:
     return RunConfig(training=TrainingConfig(run_dir=str(folder), resume=resume))
 
 
-def fill(folder: Path, run: RunConfig, step: int) -> None:
+def fill(folder: Path, run: RunConfig, step: int, optimizer: str = DP_RESHARDABLE) -> None:
     """The files of a checkpoint, the manifest last."""
     (folder / "__0_0.distcp").write_bytes(TENSORS * step)
-    Manifest.of(folder, run, step, 1, DATA, BROKEN).write(folder)
+    manifest = Manifest.of(folder, run, step, 1, DATA, BROKEN, optimizer=optimizer)
+    manifest.write(folder, digests_of(folder, files_in(folder)))
 
 
-def write_checkpoint(run: RunConfig, step: int) -> Path:
+def write_checkpoint(run: RunConfig, step: int, optimizer: str = DP_RESHARDABLE) -> Path:
     """A checkpoint without tensors, published as `store.save` does."""
     root = checkpoints_folder(run.training)
     target = step_folder(root, step)
     partial = partial_folder(target)
-    fill(partial, run, step)
+    fill(partial, run, step, optimizer)
     publish(partial, target)
     write_text(root / LATEST_FILE, target.name + "\n")
     return target
@@ -173,12 +179,50 @@ def test_another_run_is_refused_with_everything_that_differs(tmp_path: Path) -> 
     assert "attention_backend" not in str(caught.value) and "export-lance" not in str(caught.value)
 
 
-def test_layouts_of_the_optimizer(tmp_path: Path) -> None:
+WIDER: dict[str, dict[str, int]] = {
+    "dp": {},
+    "cp": {"context_parallel_size": 2},
+    "tp": {"tensor_model_parallel_size": 2},
+    "pp": {"pipeline_model_parallel_size": 2},
+    "vpp": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "uneven stages": {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 8},
+}
+
+
+def table_of_kinds() -> list[tuple[str, str, bool]]:
+    """(kind, what changes, whether it loads) of the README's table."""
+    lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| optimizer's state |"))
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[start : start + 5])
+    assert [row[0].strip("`") for row in rows] == [DP_RESHARDABLE, FULLY_RESHARDABLE, PER_PARAMETER]
+    return [(row[0].strip("`"), change, row[i] == "yes") for row in rows for i, change in enumerate(head) if i]
+
+
+@pytest.mark.parametrize(("kind", "change", "loads"), table_of_kinds())
+def test_the_table_of_kinds_of_an_optimizers_state(tmp_path: Path, kind: str, change: str, loads: bool) -> None:
+    plain = ParallelConfig(use_distributed_optimizer=kind != PER_PARAMETER)
+    run = replace(run_in(tmp_path), parallel=plain)
+    found = open_checkpoint(write_checkpoint(run, 3, kind))
+    changed = replace(run, parallel=replace(plain, **WIDER[change]))  # type: ignore[arg-type]
+    if loads:
+        check_resumable(found, changed, DATA)
+        return
+    remedy = (
+        f"the optimizer's state, {DP_RESHARDABLE}, loads on other dp and cp sizes only: to change the rest, write it "
+        "again on its own layout with training.resume=3 training.train_iters=3 "
+        f"training.save_format={FULLY_RESHARDABLE}"
+    )
+    with pytest.raises(StoreError) as caught:
+        check_resumable(found, changed, DATA)
+    differing = [f"parallel.{name}: {getattr(plain, name)} -> {value}" for name, value in WIDER[change].items()]
+    assert all(part in str(caught.value) for part in [*differing, remedy])
+
+
+def test_the_distributed_optimizer_and_the_plain_one_do_not_read_one_another(tmp_path: Path) -> None:
     run = run_in(tmp_path)
-    found = open_checkpoint(write_checkpoint(run, 3))
-    check_resumable(found, replace(run, parallel=ParallelConfig(context_parallel_size=2)), DATA)
-    with pytest.raises(StoreError, match=r"tensor_model_parallel_size: 1 -> 2; the optimizer's state|export-lance"):
-        check_resumable(found, replace(run, parallel=ParallelConfig(tensor_model_parallel_size=2)), DATA)
+    found = open_checkpoint(write_checkpoint(run, 3, FULLY_RESHARDABLE))
+    with pytest.raises(StoreError, match="use_distributed_optimizer: True -> False"):
+        check_resumable(found, replace(run, parallel=ParallelConfig(use_distributed_optimizer=False)), DATA)
 
 
 def test_changed_settings_are_told(tmp_path: Path) -> None:
@@ -188,7 +232,7 @@ def test_changed_settings_are_told(tmp_path: Path) -> None:
     assert changed_settings(found, now) == ["optimizer.lr: 0.0001 -> 5e-05"]
 
 
-def test_a_newer_format_is_refused_and_an_older_configuration_read(tmp_path: Path) -> None:
+def test_another_format_is_refused_and_an_older_configuration_read(tmp_path: Path) -> None:
     run = run_in(tmp_path)
     folder = write_checkpoint(run, 3)
     values = json.loads((folder / MANIFEST_FILE).read_text())
@@ -197,8 +241,8 @@ def test_a_newer_format_is_refused_and_an_older_configuration_read(tmp_path: Pat
     old = open_checkpoint(folder)
     check_resumable(old, run, DATA)
     assert from_dict(old.manifest.config, "checkpoint") == run
-    (folder / MANIFEST_FILE).write_text(json.dumps({**values, "format": 2}))
-    with pytest.raises(StoreError, match="has format 2, this program reads up to 1; update it"):
+    (folder / MANIFEST_FILE).write_text(json.dumps({**values, "format": 1}))
+    with pytest.raises(StoreError, match="has format 1, this program reads 2; use version .*, which wrote it"):
         open_checkpoint(folder)
 
 

@@ -196,7 +196,7 @@ def test_wrong_values(tmp_path: Path, field: str, value: str, rule: str) -> None
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("", "None: must be a mapping of the sections model, parallel"),
+        ("", "None: must be a mapping of the sections model, ops"),
         ("- a", "must be a mapping of the sections"),
         ("model: [1", "line 1 column"),
         ("model: {}\n---\nmodel: {}", "not valid YAML"),

@@ -149,7 +149,8 @@ def test_attention_maps(pack: Pack, degrees: tuple[int, int, int]) -> None:
         assert queries.tolist() == [t for s in batch.plan.slices for t in range(*s.query)]
         for row, query in enumerate(batch.row_queries.tolist()):
             assert query == len(queries) if rows[row] == PADDING else queries[query] == rows[row]
-        assert layout.tokens.reshape(-1)[batch.key_rows.numpy()].tolist() == list(range(pack.length))
+        joined = np.concatenate([layout.region_tokens(e, r) for e in Expert for r in range(layout.cp)])
+        assert joined[batch.key_rows.numpy()].tolist() == list(range(pack.length))
         mask += batch.plan.dense() if tp_rank == 0 else 0
     np.testing.assert_array_equal(mask, AttentionPlan.from_pack(pack).dense())
 

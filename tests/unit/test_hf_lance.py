@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from megatron_lance.checkpoint.hf_lance import (
     Binding,
-    CheckpointError,
     FolderSource,
     RandomSource,
     TensorSource,
@@ -21,6 +20,7 @@ from megatron_lance.checkpoint.hf_lance import (
     check_shapes,
     public_shapes,
 )
+from megatron_lance.checkpoint.public_files import CheckpointError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.parity.golden import load_config
 from tests.shared import shared_path
@@ -195,7 +195,7 @@ def test_a_folder_may_hold_several_files(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"training.init_from .*no \*.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"nowhere': no \*.safetensors file"):
         FolderSource(tmp_path / "nowhere", MODEL)
 
 

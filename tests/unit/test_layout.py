@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lance.packing.layout import PADDING, Layout, deal, rows_per_rank, token_experts
+from megatron_lance.packing.layout import PADDING, Layout, rows_per_rank, token_experts
 from megatron_lance.packing.sample import Pack, Sample, Task
 from megatron_lance.packing.segment import VAE_KINDS, Expert, Segment, SegmentKind
 from tests.strategies import packs
@@ -46,7 +46,7 @@ def check(pack: Pack, layout: Layout, cp: int, tp: int, alignment: int) -> None:
 @PROPERTY
 @given(packs(), st.fixed_dictionaries(DEGREES))
 def test_layout_of_any_pack(pack: Pack, degrees: dict[str, int]) -> None:
-    check(pack, Layout.build(pack, **degrees), **degrees)
+    check(pack, Layout.build(pack, degrees["cp"], degrees["tp"], degrees["alignment"]), **degrees)
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
@@ -74,20 +74,6 @@ def test_rows_suffice_for_large_packs(capacity: int, data: st.DataObject, degree
 
 
 @PROPERTY
-@given(st.integers(0, 200), st.integers(1, 9))
-def test_deal_is_a_balanced_partition(count: int, cp: int) -> None:
-    dealt = deal(np.arange(count), cp)
-    assert sorted(np.concatenate(dealt).tolist()) == list(range(count))
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    assert all((np.diff(part) > 0).all() for part in dealt)
-
-
-def test_deal_balances_causal_work() -> None:
-    work = [sum(part + 1) for part in deal(np.arange(4096), 4)]
-    assert max(work) / min(work) < 1.01
-
-
-@PROPERTY
 @given(packs())
 def test_token_experts_are_the_vae_contents(pack: Pack) -> None:
     want = []
@@ -105,8 +91,8 @@ def test_token_experts_are_the_vae_contents(pack: Pack) -> None:
 @PROPERTY
 @given(packs(), st.fixed_dictionaries(DEGREES))
 def test_maps_agree(pack: Pack, degrees: dict[str, int]) -> None:
-    layout = Layout.build(pack, **degrees)
-    joined = layout.tokens.reshape(-1)
+    layout = Layout.build(pack, degrees["cp"], degrees["tp"], degrees["alignment"])
+    joined = np.concatenate([layout.tokens[:, : layout.und_rows].ravel(), layout.tokens[:, layout.und_rows :].ravel()])
     np.testing.assert_array_equal(joined[layout.key_rows()], np.arange(pack.length))
     everything: list[int] = []
     for rank in range(degrees["cp"]):
@@ -122,7 +108,7 @@ def test_maps_agree(pack: Pack, degrees: dict[str, int]) -> None:
 @PROPERTY
 @given(packs(), st.fixed_dictionaries(DEGREES))
 def test_shards_tile_their_region(pack: Pack, degrees: dict[str, int]) -> None:
-    layout, tp = Layout.build(pack, **degrees), degrees["tp"]
+    layout, tp = Layout.build(pack, degrees["cp"], degrees["tp"], degrees["alignment"]), degrees["tp"]
     assert layout.shard_rows == (layout.und_rows // tp, layout.gen_rows // tp)
     assert all(rows % degrees["alignment"] == 0 for rows in layout.shard_rows)
     for rank in range(degrees["cp"]):
@@ -136,3 +122,21 @@ def test_description_counts_what_it_shows() -> None:
     text = Layout.build(split_pack(10, 6, 20), 2, 1, 4).describe().split("\n")
     assert text[0] == "16 tokens on cp 2 x tp 1: 16 rows per cp rank"
     assert text[1:] == [f"  cp rank {r}: und 5/8 rows, gen 3/8 rows, padding 50.0%" for r in (0, 1)]
+
+
+@PROPERTY
+@given(packs(), st.fixed_dictionaries(DEGREES), st.data())
+def test_a_part_of_a_pack_has_rows_for_its_tokens_alone(
+    pack: Pack, degrees: dict[str, int], data: st.DataObject
+) -> None:
+    part = np.array(data.draw(st.lists(st.booleans(), min_size=pack.length, max_size=pack.length)))
+    if not part.any():
+        with pytest.raises(ValueError, match="has none of them"):
+            Layout.build(pack, degrees["cp"], degrees["tp"], degrees["alignment"], part)
+        return
+    layout = Layout.build(pack, degrees["cp"], degrees["tp"], degrees["alignment"], part)
+    held = layout.tokens[layout.tokens != PADDING]
+    assert sorted(held.tolist()) == np.flatnonzero(part).tolist() == layout.held_tokens().tolist()
+    joined = np.concatenate([layout.tokens[:, : layout.und_rows].ravel(), layout.tokens[:, layout.und_rows :].ravel()])
+    np.testing.assert_array_equal(joined[layout.key_rows()], layout.held_tokens())
+    assert layout.length == pack.length and layout.und_rows > 0 and layout.gen_rows > 0

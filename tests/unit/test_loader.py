@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def index(config: DataConfig) -> PackIndex:
-    return prepack(config, MODEL, SEED, progress=False)
+    return prepack(config, MODEL, SEED, 2, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_changed_text_names_the_record(config: DataConfig, tokenizer: Tokenizer,
     write("Because of it.")
     source = SourceConfig("chat", str(tmp_path / "rows"), "t2t")
     config = replace(config, sources=(source,), pack_index=str(tmp_path / "index"))
-    index = prepack(config, MODEL, SEED, progress=False)
+    index = prepack(config, MODEL, SEED, 2, progress=False)
     write("Zqxjkvb, w it.")  # as many bytes, other tokens
     reader = PackReader(config, index, tokenizer)
     with pytest.raises(PackIndexError, match=r"record chat/a.parquet/0: now gives .* run tools/prepack.py --force"):

@@ -67,6 +67,8 @@ def test_distributed_optimizer_shards_over_replicas_and_context_ranks() -> None:
     degrees = ["parallel.context_parallel_size=2"]
     (sharded,) = memory_per_rank(configuration("lance_3b.yaml", *degrees), 8)
     assert sharded.optimizer_bytes == 12 * LANCE_3B // 8
+    averaged = configuration("lance_3b.yaml", *degrees, "training.ema_decay=0.999")
+    assert memory_per_rank(averaged, 8)[0].optimizer_bytes == 16 * LANCE_3B // 8
     whole = configuration("lance_3b.yaml", *degrees, "parallel.use_distributed_optimizer=false")
     assert memory_per_rank(whole, 8)[0].optimizer_bytes == 12 * LANCE_3B
 
@@ -77,6 +79,9 @@ def test_activations_shrink_with_recompute_and_degrees() -> None:
 
     kept = activations("parallel.recompute_granularity=null")
     assert activations() < kept / 5
+    selective = "parallel.recompute_granularity=selective"
+    for module in ("core_attn", "layernorm", "mlp"):
+        assert activations() < activations(selective, f"parallel.recompute_modules=[{module}]") < kept
     assert activations("parallel.recompute_granularity=null", "parallel.tensor_model_parallel_size=2", ranks=2) < kept
     assert activations("parallel.recompute_granularity=null", "parallel.context_parallel_size=2", ranks=2) < kept
     assert activations("data.seq_length=25000") < activations()

@@ -14,7 +14,9 @@ from megatron_lance.training.metrics import MetricsWriter, StepMetrics
 def write(folder: Path, steps: range, loss: float, steps_done: int = 0) -> None:
     with MetricsWriter(folder, True, steps_done) as writer:
         for step in steps:
-            writer.write(StepMetrics(step, loss, 0.0, 0.0, 1.0, 1e-3, 1.0, 1.0, 1.0, 0.1, 0, False))
+            writer.write(
+                StepMetrics(step, loss, 0.0, 0.0, 1.0, 1e-3, 1.0, 1.0, 1.0, 0.1, 0, {"t2i": loss}, False, 0.0, 0.0)
+            )
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -28,7 +30,8 @@ def test_a_resumed_run_drops_later_steps(tmp_path: Path) -> None:
     write(tmp_path, range(4, 7), 2.0, steps_done=3)
     assert losses(tmp_path) == {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0, 6: 2.0}
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == list(losses(tmp_path).items())
+    for name in ("train/loss", "train/loss/t2i"):
+        assert [(event.step, event.value) for event in board.Scalars(name)] == list(losses(tmp_path).items())
 
 
 def test_a_fresh_start_begins_anew(tmp_path: Path) -> None:

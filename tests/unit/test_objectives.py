@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lance.objectives.flow_matching import draw_noise, loss_rows, shift_timestep
-from megatron_lance.objectives.losses import LossCounts, total_loss, velocity_error, weighted_sum
+from megatron_lance.objectives.losses import TASKS, LossCounts, sums_by_task, total_loss, velocity_error, weighted_sum
 from megatron_lance.packing.batch import PackNoise
 from megatron_lance.packing.rng import stream
 from megatron_lance.packing.sample import Pack, Sample, Task
@@ -176,14 +176,29 @@ def test_weighted_sum_drops_rows_of_weight_zero() -> None:
     assert float(weighted_sum(torch.tensor([1.0, 10.0, 100.0]), torch.tensor([1.0, 0.0, 1.0]))) == 101.0
 
 
+def test_sums_and_counts_by_task() -> None:
+    first, second = TASKS.index(Task.T2I), TASKS.index(Task.I2T)
+    per_row = torch.tensor([1.0, 10.0, 100.0], requires_grad=True)
+    sums = sums_by_task(per_row, torch.tensor([1.0, 0.0, 1.0]), torch.tensor([first, first, second]))
+    assert sums[first] == 1.0 and sums[second] == 100.0 and sums.sum() == 101.0 and not sums.requires_grad
+    answer = Sample("q", Task.I2T, (Segment.text(6),), ((3, 6),))
+    counts = LossCounts.of([pack_of(generation("a"), answer), pack_of(answer)])
+    rows = generation("a").velocity_rows
+    assert (counts.ce, counts.velocity) == (6, rows)
+    assert {task: n for task, n in zip(TASKS, counts.by_task, strict=True) if n} == {
+        generation("a").task: rows,
+        Task.I2T: 6,
+    }
+
+
 def test_total_loss_is_weighted_means_of_global_counts() -> None:
     ce, velocity = torch.tensor(12.0), torch.tensor(9.0)
-    got = total_loss(ce, velocity, LossCounts(4, 3), ce_weight=0.25, mse_weight=2.0)
+    got = total_loss(ce, velocity, LossCounts(4, 3, ()), ce_weight=0.25, mse_weight=2.0)
     assert float(got) == pytest.approx(0.25 * 3 + 2.0 * 3)
 
 
 @pytest.mark.parametrize(
-    ("counts", "want"), [(LossCounts(0, 2), 5.0), (LossCounts(2, 0), 1.0), (LossCounts(0, 0), 0.0)]
+    ("counts", "want"), [(LossCounts(0, 2, ()), 5.0), (LossCounts(2, 0, ()), 1.0), (LossCounts(0, 0, ()), 0.0)]
 )
 def test_a_loss_without_rows_is_zero_and_still_has_a_gradient(counts: LossCounts, want: float) -> None:
     ce = torch.tensor(8.0 if counts.ce else 0.0, requires_grad=True)

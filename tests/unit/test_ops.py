@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron_lance.ops.attention import BACKENDS, joint_attention
-from megatron_lance.ops.mape import frequency_axes, inverse_frequencies, rotary_angles, rotate
+from megatron_lance.ops.mape import inverse_frequencies, rotary_angles, rotate
 from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.sample import Pack, Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
@@ -138,7 +138,7 @@ def test_rotation_is_multiplication_by_a_unit_complex_number(dim: int, sections:
     x = torch.randn(5, 2, dim, generator=generator)
     positions = torch.tensor([[0, 1, 7, 1003, 2017], [0, 2, 5, 40, 63], [0, 3, 90, 11, 6]])
     inv_freq = inverse_frequencies(dim, 1e6, "float32")
-    got = rotate(x, *rotary_angles(positions, inv_freq, frequency_axes(sections)))
+    got = rotate(x, *rotary_angles(positions, inv_freq, sections))
     axis_of = [axis for axis, count in enumerate(sections) for _ in range(count)]
     want = torch.empty_like(x)
     for r in range(5):
@@ -159,8 +159,7 @@ def test_rotation_depends_on_position_differences_only() -> None:
 
     def score(q_at: int, k_at: int) -> float:
         ends = (
-            rotate(x, *rotary_angles(torch.full((3, 1), at), inv_freq, frequency_axes((2, 3, 3))))
-            for x, at in ((q, q_at), (k, k_at))
+            rotate(x, *rotary_angles(torch.full((3, 1), at), inv_freq, (2, 3, 3))) for x, at in ((q, q_at), (k, k_at))
         )
         return float(torch.mul(*ends).sum())
 
@@ -171,7 +170,7 @@ def test_rotation_depends_on_position_differences_only() -> None:
 def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 2, 16, generator=generator).bfloat16()
-    angles = rotary_angles(torch.full((3, 4), 1500), inverse_frequencies(16, 1e6, "float32"), frequency_axes((2, 3, 3)))
+    angles = rotary_angles(torch.full((3, 4), 1500), inverse_frequencies(16, 1e6, "float32"), (2, 3, 3))
     got = rotate(x, *angles)
     assert got.dtype == torch.bfloat16 and angles[0].dtype == torch.float32
     assert torch.equal(got, rotate(x.float(), *angles).bfloat16())
@@ -180,9 +179,7 @@ def test_rotation_keeps_the_dtype_and_computes_in_float32() -> None:
 def test_golden_rotary_tables() -> None:
     """Cosine and sine of the reference, whose three axes are selected by section in both halves."""
     recorded = load_file(shared_path("golden", "case6_packed.safetensors"))
-    angles = rotary_angles(
-        recorded["out/position_ids"][:, 0], inverse_frequencies(16, 1e6, "float32"), frequency_axes((2, 3, 3))
-    )
+    angles = rotary_angles(recorded["out/position_ids"][:, 0], inverse_frequencies(16, 1e6, "float32"), (2, 3, 3))
     axis_of = [0, 0, 1, 1, 1, 2, 2, 2]
     for ours, name in zip(angles, ("out/rope_cos", "out/rope_sin"), strict=True):
         theirs = recorded[name][:, 0]

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +18,10 @@ import pytest
 
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import DataConfig, PromptConfig, SourceConfig
+from megatron_lance.data.loader import PackReader
 from megatron_lance.data.mixture import Draw, MixtureSource, mix
 from megatron_lance.data.pack_index import PackIndex
-from megatron_lance.data.pack_index_format import INDEX_FILE, PackIndexError, shaping_values
+from megatron_lance.data.pack_index_format import INDEX_FILE, VERSION, PackIndexError, PlannedRow, shaping_values
 from megatron_lance.data.prepack import prepack
 from megatron_lance.data.prompt import Tokenizer, TokenizerError
 from megatron_lance.data.records import DataSetError, RecordReader
@@ -36,8 +38,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
+def tokenizer(config: DataConfig) -> Tokenizer:
+    return Tokenizer(config.tokenizer)
+
+
+@pytest.fixture(scope="module")
 def index(config: DataConfig) -> PackIndex:
-    return prepack(config, MODEL, SEED, progress=False)
+    return prepack(config, MODEL, SEED, 2, progress=False)
 
 
 def test_mixture_holds_shares_and_sees_every_row_before_one_again() -> None:
@@ -67,7 +74,7 @@ def test_mixture_refuses_bad_sources() -> None:
 
 def test_index_holds_every_usable_draw_once(config: DataConfig, index: PackIndex) -> None:
     planned = [index.pack(n) for n in range(len(index))]
-    rows = [row for pack in planned for row in pack.rows]
+    rows = planned_rows(index)
     keys = [(row.sample.sample_id, row.epoch) for row in rows]
     readers = [RecordReader(source) for source in config.sources]
     total = sum(reader.row_count(f.name) for reader in readers for f in reader.files)
@@ -83,13 +90,13 @@ def test_index_holds_every_usable_draw_once(config: DataConfig, index: PackIndex
 
 
 def test_prepack_is_deterministic(config: DataConfig, index: PackIndex, tmp_path: Path) -> None:
-    again = prepack(replace(config, pack_index=str(tmp_path / "again")), MODEL, SEED, progress=False)
+    again = prepack(replace(config, pack_index=str(tmp_path / "again")), MODEL, SEED, 2, progress=False)
     assert again.hash == index.hash
     assert [again.pack(n) for n in range(len(again))] == [index.pack(n) for n in range(len(index))]
-    other = prepack(replace(config, pack_index=str(tmp_path / "other")), MODEL, SEED + 1, progress=False)
+    other = prepack(replace(config, pack_index=str(tmp_path / "other")), MODEL, SEED + 1, 2, progress=False)
     assert other.hash != index.hash
     turned = replace(config, sources=config.sources[::-1], pack_index=str(tmp_path / "turned"))
-    assert prepack(turned, MODEL, SEED, progress=False).hash != index.hash
+    assert prepack(turned, MODEL, SEED, 2, progress=False).hash != index.hash
 
 
 def test_numbers_go_on_with_new_epochs(index: PackIndex) -> None:
@@ -109,45 +116,125 @@ def test_pack_as_text_shows_every_segment(index: PackIndex) -> None:
     assert all(row.sample.sample_id in text for row in pack.rows)
 
 
-def test_unusable_rows_are_reported_once_and_left_out(
+def unusable_lines(index: PackIndex) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
+
+
+def planned_rows(index: PackIndex) -> list[PlannedRow]:
+    return [row for number in range(len(index)) for row in index.pack(number).rows]
+
+
+@pytest.fixture(scope="module")
+def bad_config(config: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A good source of 6 rows and one of 7 with bad ones, 3 epochs."""
+    bad = SourceConfig("bad", str(shared_path("data", "bad_text2video.parquet")), "t2v")
+    folder = str(tmp_path_factory.mktemp("bad") / "index")
+    return replace(config, sources=(*config.sources[:1], bad), pack_index=folder, epochs=3)
+
+
+def test_unusable_rows_are_named_once_and_replaced(
+    bad_config: DataConfig, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        index = prepack(bad_config, MODEL, SEED, 2, progress=False)
+    lines, rows = unusable_lines(index), planned_rows(index)
+    unusable = {line["row"] for line in lines}
+    assert {0, 1, 2, 3, 4} <= unusable  # truncated, empty, no video, a picture, one frame
+    assert 6 not in unusable  # the good clip
+    assert {line["source"] for line in lines} == {"bad"} and all(line["cause"] for line in lines)
+    assert len(unusable) == len(lines) == index.counts["unusable"]
+    assert len([r for r in caplog.records if r.message.startswith("unusable row")]) == len(lines)
+    # Epochs keep their sizes, and sources their shares.
+    draws = list(mix([MixtureSource("text2image", 6, 1.0), MixtureSource("bad", 7, 1.0)], SEED, 3))
+    assert index.counts["samples"] == len(rows) == len(draws) == 3 * (6 + 7)
+    drawn = Counter((("text2image", "bad")[draw.source], draw.epoch) for draw in draws)
+    assert Counter((row.source, row.epoch) for row in rows) == drawn
+    # Each bad row is stood in for by usable ones, once per draw.
+    assert not unusable & {row.row for row in rows if row.source == "bad"}
+    substitutes = [row for row in rows if " for " in row.sample.sample_id]
+    assert Counter(row.sample.sample_id for row in substitutes) == Counter(
+        s for line in lines for s in line["substitutes"]
+    )
+    assert len(substitutes) == index.counts["substituted"] == sum(d.source == 1 and d.row in unusable for d in draws)
+    for row in substitutes:
+        assert row.sample.sample_id.startswith(f"bad/bad_text2video.parquet/{row.row} for bad/bad_text2video.parquet/")
+    # A substitute has a name of its own in every epoch, so its noise is not that of the row's own draw.
+    assert len({(row.sample.sample_id, row.epoch) for row in rows}) == len(rows)
+    reader = PackReader(bad_config, index, tokenizer, SEED, MODEL)
+    assert sum(reader.tokens(number).token_ids.numel() for number in range(len(index))) == index.counts["tokens"]
+
+
+def substitutions(config: DataConfig, folder: Path, seed: int) -> dict[tuple[str, int], int]:
+    """The row taken in place of each draw of a bad one, by sample id behind `for` and epoch."""
+    index = prepack(replace(config, pack_index=str(folder)), MODEL, seed, 2, progress=False)
+    parted = [(row.sample.sample_id.partition(" for ")[2], row) for row in planned_rows(index)]
+    return {(place, row.epoch): row.row for place, row in parted if place}
+
+
+def test_substitutes_are_addressed(bad_config: DataConfig, tmp_path: Path) -> None:
+    found = substitutions(bad_config, tmp_path / "first", SEED)
+    assert found == substitutions(bad_config, tmp_path / "again", SEED)
+    assert found != substitutions(bad_config, tmp_path / "seed", SEED + 1)
+    assert len({tuple(row for (_, e), row in sorted(found.items()) if e == epoch) for epoch in range(3)}) > 1
+    # Neither other sources nor further epochs change what stands in for a draw.
+    alone = replace(bad_config, sources=bad_config.sources[1:], epochs=1)
+    assert substitutions(alone, tmp_path / "alone", SEED) == {k: v for k, v in found.items() if k[1] == 0}
+
+
+def test_a_substitute_may_be_a_row_that_was_not_drawn(
     config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad = SourceConfig("bad", str(shared_path("data", "bad_text2video.parquet")), "t2v")
-    config = replace(config, sources=(*config.sources[:1], bad), pack_index=str(tmp_path / "index"), epochs=3)
+    good = pq.read_table(config.sources[0].path).slice(0, 2).to_pydict()
+    bad = {"caption": ["bad"] * 20, "image_bytes": [b"no picture"] * 20}
+    table = {name: bad[name] + good[name] for name in bad}
+    for name, rows in (("rare", table), ("often", {n: v * 10 for n, v in good.items()})):
+        pq.write_table(pa.table(rows), tmp_path / f"{name}.parquet")
+    sources = tuple(
+        replace(config.sources[0], name=name, path=str(tmp_path / f"{name}.parquet"), weight=weight)
+        for name, weight in (("rare", 1.0), ("often", 41.0))
+    )
+    config = replace(config, sources=sources, pack_index=str(tmp_path / "index"), epochs=1)
     with caplog.at_level(logging.WARNING):
-        index = prepack(config, MODEL, SEED, progress=False)
-    lines = [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
-    assert len({line["row"] for line in lines}) == len(lines) == index.counts["unusable"]
-    assert {line["source"] for line in lines} == {"bad"}
-    rows = {line["row"] for line in lines}
-    assert {0, 1, 2, 3, 4} <= rows  # truncated, empty, no video, a picture, one frame
-    assert 6 not in rows  # the good clip
-    assert all(line["cause"] and line["draws"] >= 2 for line in lines)
+        index = prepack(config, MODEL, SEED, 2, progress=False)
+    (rare,) = (row for row in planned_rows(index) if row.source == "rare")
+    assert rare.row >= 20 and " for rare/rare.parquet/" in rare.sample.sample_id
+    lines = unusable_lines(index)
+    assert sum(len(line["substitutes"]) for line in lines) == 1 == index.counts["substituted"]
+    assert len(lines) == index.counts["unusable"] > 1  # those met on the way are named too
     assert len([r for r in caplog.records if r.message.startswith("unusable row")]) == len(lines)
-    assert index.counts["samples"] + sum(line["draws"] for line in lines) == 3 * (6 + 7)
+
+
+def test_a_source_without_a_usable_row_is_an_error(config: DataConfig, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["a", "b"], "image_bytes": [b"x", b"y"]}), tmp_path / "bad.parquet")
+    bad = replace(config.sources[0], name="bad", path=str(tmp_path / "bad.parquet"))
+    config = replace(config, sources=(config.sources[0], bad), pack_index=str(tmp_path / "index"))
+    with pytest.raises(DataSetError, match="data.sources bad: none of its 2 rows can be used; the first: bad/bad.parq"):
+        prepack(config, MODEL, SEED, 2, progress=False)
+    assert not (tmp_path / "index").exists()
 
 
 def test_sample_longer_than_a_pack_is_reported(config: DataConfig, tmp_path: Path) -> None:
-    config = replace(config, seq_length=600, pack_index=str(tmp_path / "index"))
-    index = prepack(config, MODEL, SEED, progress=False)
-    lines = [json.loads(line) for line in (index.folder / "unusable.jsonl").read_text().splitlines()]
-    assert any("exceed data.seq_length 600" in line["cause"] for line in lines)
-    assert max(index.pack(n).pack.length for n in range(len(index))) <= 600
-    with pytest.raises(DataSetError, match="none of the [0-9]+ rows .* exceed data.seq_length 10"):
-        prepack(replace(config, seq_length=10, pack_index=str(tmp_path / "none")), MODEL, SEED, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    sources = tuple(source for source in config.sources if source.name in ("text2image", "interleave_subject"))
+    config = replace(config, sources=sources, seq_length=800, pack_index=str(tmp_path / "index"))
+    index = prepack(config, MODEL, SEED, 2, progress=False)
+    lines = unusable_lines(index)
+    assert ["exceed data.seq_length 800" in line["cause"] for line in lines] == [True]
+    assert max(index.pack(n).pack.length for n in range(len(index))) <= 800
+    with pytest.raises(DataSetError, match="none of its [0-9]+ rows .* exceed data.seq_length 10"):
+        prepack(replace(config, seq_length=10, pack_index=str(tmp_path / "none")), MODEL, SEED, 2, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.facts", "none.facts"]
 
 
 def test_existing_folder_needs_force(config: DataConfig, index: PackIndex, tmp_path: Path) -> None:
     with pytest.raises(PackIndexError, match="exists; give --force"):
-        prepack(config, MODEL, SEED, progress=False)
+        prepack(config, MODEL, SEED, 2, progress=False)
     (tmp_path / "mine").mkdir()
     with pytest.raises(PackIndexError, match="is no pack index"):
-        prepack(replace(config, pack_index=str(tmp_path / "mine")), MODEL, SEED, force=True, progress=False)
+        prepack(replace(config, pack_index=str(tmp_path / "mine")), MODEL, SEED, 2, force=True, progress=False)
     small = replace(config, sources=config.sources[:1], pack_index=str(tmp_path / "index"))
-    prepack(small, MODEL, SEED, progress=False)
-    assert prepack(replace(small, epochs=1), MODEL, SEED, force=True, progress=False).counts["samples"] == 6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "mine"]
+    prepack(small, MODEL, SEED, 2, progress=False)
+    assert prepack(replace(small, epochs=1), MODEL, SEED, 2, force=True, progress=False).counts["samples"] == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.facts", "mine"]
 
 
 def test_wrong_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
@@ -165,9 +252,9 @@ def test_wrong_settings_are_named(config: DataConfig, tmp_path: Path) -> None:
         (replace(config, sources=(empty,)), DataSetError, "empty.parquet has no rows"),
     ):
         with pytest.raises(error, match=message):
-            prepack(wrong, MODEL, SEED, progress=False)
+            prepack(wrong, MODEL, SEED, 2, progress=False)
     with pytest.raises(TokenizerError, match="model.vocab_size 100: the tokenizer has 498 tokens"):
-        prepack(config, replace(MODEL, vocab_size=100), SEED, progress=False)
+        prepack(config, replace(MODEL, vocab_size=100), SEED, 2, progress=False)
 
 
 def test_mismatch_names_both_hashes_and_what_differs(config: DataConfig, index: PackIndex) -> None:
@@ -189,11 +276,11 @@ def test_mismatch_names_both_hashes_and_what_differs(config: DataConfig, index: 
 def test_absent_damaged_and_newer_index(index: PackIndex, tmp_path: Path) -> None:
     with pytest.raises(PackIndexError, match="holds no index.json; run tools/prepack.py"):
         PackIndex.open(tmp_path)
-    for name in ("index.json", "packs.parquet"):
+    for name in ("index.json", "packs.arrow", "samples.arrow"):
         (tmp_path / name).write_bytes((index.folder / name).read_bytes())
     header = json.loads((tmp_path / INDEX_FILE).read_text())
     for change, message in (
-        ({"version": 2}, "has version 2, this program reads 1; update this program"),
+        ({"version": VERSION + 1}, f"has version {VERSION + 1}, this program reads {VERSION}; update this program"),
         ({"hash": "0" * 16}, "is damaged"),
         ({"counts": {**header["counts"], "samples": 1}}, "samples, index.json says 1"),
     ):
@@ -201,7 +288,7 @@ def test_absent_damaged_and_newer_index(index: PackIndex, tmp_path: Path) -> Non
         with pytest.raises(PackIndexError, match=message):
             PackIndex.open(tmp_path)
     (tmp_path / INDEX_FILE).write_text(json.dumps(header))
-    (tmp_path / "packs.parquet").write_bytes(b"PAR1")
+    (tmp_path / "packs.arrow").write_bytes(b"ARROW1")
     with pytest.raises(PackIndexError, match="is damaged"):
         PackIndex.open(tmp_path)
 

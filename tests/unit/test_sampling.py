@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -12,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_lance.config.schema import PromptConfig
+from megatron_lance.config.loader import load_config
+from megatron_lance.data.decode import MediaDecoder
 from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.encoders.vae import build_vae
+from megatron_lance.encoders.vit import VitEncoder
 from megatron_lance.packing.sample import Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
 from megatron_lance.sampling.flow_sampler import (
@@ -23,21 +27,24 @@ from megatron_lance.sampling.flow_sampler import (
     sample,
     timesteps,
     without_caption,
+    without_conditions,
 )
 from megatron_lance.sampling.media import contact_sheet, to_frames, write_mp4, write_png
-from megatron_lance.sampling.requests import text_to_visual
+from megatron_lance.sampling.prompt_list import LAYOUTS, Line
+from megatron_lance.sampling.requests import Prompt, PromptError, RequestBuilder
+from megatron_lance.sampling.text_decoder import DecoderSettings, Question, choose
 from tests.command import Commander
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, jpeg, mp4
 from tools.demo_shapes import Scene, caption, draw, random_scene
 
-CHANNELS = 3
+CHANNELS, HIDDEN = 3, 2
 
 
 def request_of(name: str = "s", clean_frames: tuple[int, ...] = (), value: float = 7.0) -> Request:
     """Text of 6 tokens with caption 2 to 5, a noise block of 2 x 1 x 2 cells, one closing token."""
     block = Segment.visual(SegmentKind.NOISE, (2, 1, 2), clean_frames)
     shape = Sample(name, Task.T2V, (Segment.text(6), block, Segment.text(1)), (), (2, 5))
-    return Request(shape, torch.arange(shape.length), torch.full((4, CHANNELS), value))
+    return Request(shape, torch.arange(shape.length), torch.full((4, CHANNELS), value), torch.zeros(0, HIDDEN))
 
 
 def test_times_run_from_noise_to_data_and_are_shifted() -> None:
@@ -129,20 +136,147 @@ def test_wrong_settings_are_refused() -> None:
         SamplerSettings(renorm="all")
 
 
-def test_requests_follow_the_chat_template(tiny_run: TinyRun) -> None:
-    tokenizer = Tokenizer(tiny_run.folder / "tokenizer")
-    prompts = PromptConfig()
-    picture = text_to_visual("p", "a red car", (1, 2, 3), tokenizer, prompts, CHANNELS)
-    clip = text_to_visual("c", "a red car", (2, 2, 3), tokenizer, prompts, CHANNELS)
-    assert picture.sample.task is Task.T2I and clip.sample.task is Task.T2V
+def edit_request() -> Request:
+    """A condition's ViT (1 x 1 x 2) and clean (1 x 1 x 2) block, caption 11 to 13, a noise block of 1 x 1 x 3."""
+    segments = (
+        Segment.text(3),
+        Segment.visual(SegmentKind.VIT, (1, 1, 2)),
+        Segment.visual(SegmentKind.CLEAN, (1, 1, 2)),
+        Segment.text(3),
+        Segment.visual(SegmentKind.NOISE, (1, 1, 3)),
+    )
+    shape = Sample("edit", Task.I_EDIT, segments, (), (11, 13))
+    return Request(shape, torch.arange(shape.length), torch.arange(5.0)[:, None].expand(5, CHANNELS), torch.ones(2, 2))
+
+
+def test_the_branch_without_conditions_lacks_caption_and_visuals() -> None:
+    request = edit_request()
+    bare = without_conditions(without_caption(request))
+    assert [(s.kind, s.length) for s in bare.sample.segments] == [
+        (SegmentKind.TEXT, 3),
+        (SegmentKind.TEXT, 1),
+        (SegmentKind.NOISE, 5),
+    ]
+    assert bare.token_ids.tolist() == [0, 1, 2, 13, 14, 15, 16, 17, 18]
+    assert bare.clean[:, 0].tolist() == [2.0, 3.0, 4.0] and len(bare.vit) == 0
+    plain = without_caption(request_of())
+    assert without_conditions(plain) is plain
+
+
+def test_visual_guidance_has_its_own_scale() -> None:
+    """V = v00 + s_text (v - v_plain) + s_visual (v_plain - v00); branches without conditions see noise rows alone."""
+    request, generator = edit_request(), torch.Generator().manual_seed(1)
+    noise = initial_noise([request], CHANNELS, seed=2)
+    values = {5: torch.randn(5, CHANNELS, generator=generator), 3: torch.randn(3, CHANNELS, generator=generator)}
+    plain_v = torch.randn(5, CHANNELS, generator=generator)
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        assert [len(x) for x in xs] == [5, 5, 3]
+        assert torch.equal(xs[2], xs[0][2:])
+        return [values[5], plain_v, values[3]]
+
+    settings = SamplerSettings(steps=1, scale=3.0, visual_scale=2.0, renorm="none")
+    (latent,) = sample([request], noise, velocity, settings)
+    v = values[3] + 3.0 * (values[5] - plain_v)[2:] + 2.0 * (plain_v[2:] - values[3])
+    torch.testing.assert_close(latent.reshape(3, CHANNELS), noise[0][2:] - v)
+
+
+@pytest.fixture(scope="module")
+def builder(tiny_run: TinyRun) -> RequestBuilder:
+    run = load_config([str(tiny_run.config)], [])
+    vit = VitEncoder.build(run.encoders, run.model.hidden_size, 1)
+    vae = build_vae(run.encoders, run.model.latent_channels, 1)
+    return RequestBuilder(run.data, Tokenizer(run.data.tokenizer), MediaDecoder("host", 1), vit, vae)
+
+
+def kinds(request: Request | Question) -> list[str]:
+    return [str(s.kind) for s in request.sample.segments if s.is_visual]
+
+
+def test_requests_follow_the_chat_template(builder: RequestBuilder) -> None:
+    prompts = builder.data.prompts
+    picture = builder.request(Prompt("p", Task.T2I, "a red car", size=(32, 48)))
+    clip = builder.request(Prompt("c", Task.T2V, "a red car", size=(32, 48), frames=5))
+    assert picture.target_grid == (1, 2, 3) and clip.target_grid == (2, 2, 3)
     for request, system in ((picture, prompts.generation_image_inference), (clip, prompts.generation)):
-        text = tokenizer.decode(request.token_ids.tolist())
+        text = builder.tokenizer.decode(request.token_ids.tolist())
         assert text.startswith(f"<|im_start|>system\n{system.replace('{v}', 'video')}<|im_end|>\n<|im_start|>user\n")
         start, stop = request.sample.caption_span or (0, 0)
-        assert tokenizer.decode(request.token_ids[start:stop].tolist()) == "a red car"
-        assert (
-            request.sample.length == len(request.token_ids) and request.target_grid == request.sample.segments[1].grid
-        )
+        assert builder.tokenizer.decode(request.token_ids[start:stop].tolist()) == "a red car"
+        assert request.sample.length == len(request.token_ids)
+
+
+def test_requests_of_every_conditioned_task(builder: RequestBuilder) -> None:
+    red, blue, film = jpeg("red"), jpeg("blue"), mp4("red")
+    edit = builder.request(Prompt("e", Task.I_EDIT, "make it blue", (red,)))
+    assert kinds(edit) == ["vit", "clean", "noise"]
+    grids = [s.grid for s in edit.sample.segments if s.is_visual]
+    assert grids[1] == grids[2], "an edit is as large as its source"
+    assert edit.clean[: len(edit.clean) // 2].any() and len(edit.vit) == edit.sample.segments[1].content_length
+    video = builder.request(Prompt("v", Task.V_EDIT, "make it blue", (film,)))
+    assert kinds(video) == ["vit", "clean", "noise"] and video.target_grid[0] > 1
+    subject = builder.request(Prompt("s", Task.S2I, "together", (red, blue), (32, 32)))
+    assert kinds(subject) == ["vit", "clean", "vit", "clean", "noise"]
+    first = builder.request(Prompt("f", Task.I2V, "it moves", (red,), (32, 32), 9))
+    both = builder.request(Prompt("g", Task.I2V, "it moves", (red, blue), (32, 32), 9))
+    assert kinds(first) == kinds(both) == ["noise"]
+    assert (~first.target_rows).reshape(3, -1).all(dim=1).tolist() == [True, False, False]
+    assert (~both.target_rows).reshape(3, -1).all(dim=1).tolist() == [True, False, True]
+    frames = both.clean.reshape(3, -1)
+    assert frames[0].any() and not frames[1].any() and frames[2].any() and not torch.equal(frames[0], frames[2])
+
+
+def test_questions_end_where_the_answer_begins(builder: RequestBuilder) -> None:
+    for task, media, blocks in ((Task.I2T, (jpeg("red"),), 1), (Task.V2T, (mp4("red"),), 1), (Task.T2T, (), 0)):
+        question = builder.question(Prompt("q", task, "Which colour?", media))
+        text = builder.tokenizer.decode(question.token_ids.tolist())
+        assert text.endswith("Which colour?<|im_end|>\n<|im_start|>assistant\n")
+        assert len(kinds(question)) == blocks and question.sample.length == len(question.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (Prompt("x", Task.I_EDIT, "a"), "takes at least 1"),
+        (Prompt("x", Task.T2I, "a", (jpeg("red"),), (32, 32)), "takes none"),
+        (Prompt("x", Task.T2V, "a"), "needs a size and a number of frames"),
+        (Prompt("x", Task.I2V, "a", (), (32, 32), 9), "has 0 media; i2v takes the first frame"),
+        (Prompt("x", Task.I2V, "a", (jpeg("red"),), (32, 32), 1), "leave none to generate"),
+        (Prompt("x", Task.I_EDIT, "a", (b"no picture",)), "medium 0"),
+    ],
+)
+def test_prompts_that_do_not_fit_their_task(builder: RequestBuilder, prompt: Prompt, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        builder.request(prompt)
+
+
+def test_tokens_are_chosen_greedily_or_from_the_likeliest() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, float("-inf"), 1.0])
+    assert choose(logits, DecoderSettings(), "a", 0) == 1
+    drawn = [choose(logits, DecoderSettings(top_p=0.8), "a", n) for n in range(200)]
+    assert set(drawn) == {1, 2}, "0.64 + 0.24 of the mass"
+    assert drawn == [choose(logits, DecoderSettings(top_p=0.8), "a", n) for n in range(200)]
+    assert drawn != [choose(logits, DecoderSettings(top_p=0.8), "b", n) for n in range(200)]
+    assert 0.6 < drawn.count(1) / 200 < 0.85
+    everything = {choose(logits, DecoderSettings(top_p=1.0, temperature=3.0), "a", n) for n in range(300)}
+    assert everything == {0, 1, 2, 4}
+    with pytest.raises(ValueError, match="top_p 1.5"):
+        DecoderSettings(top_p=1.5)
+
+
+def test_benchmark_layouts_name_their_files() -> None:
+    row = {"prompt": "a/b", "id": "x7", "task_type": "color", "instruction_language": "en", "key": "k1"}
+    line = Line(3, row, Task.T2I, ("a/b",), (), None, None, 0)
+    names = {name: line.path(layout, 2, ".png", layout.copies) for name, layout in LAYOUTS.items() if layout.path}
+    assert names == {
+        "flat": "0003.png",
+        "geneval": "00003/samples/00002.png",
+        "dpg": "x7.png",
+        "vbench": "a_b-2.png",
+        "gedit": "fullset/color/en/k1.png",
+    }
+    with pytest.raises(PromptError, match="'task_type'"):
+        replace(line, row={"prompt": "a"}).path(LAYOUTS["gedit"], 0, ".png", 1)
 
 
 def test_files_keep_pixels_and_prompt(tmp_path: Path) -> None:
@@ -214,8 +348,10 @@ def test_the_judge_scores_what_it_sees(command: Commander, tmp_path: Path) -> No
 
 
 def test_mistakes_in_sampling(command: Commander, trained: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"caption": "a"}\n{"text": "b"}\n')
-    (tmp_path / "task.jsonl").write_text('{"caption": "a", "task": "i_edit"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"caption": "a", "task": "t2i"}\n{"task": "t2i", "text": "b"}\n')
+    (tmp_path / "task.jsonl").write_text('{"caption": "a", "task": "draw"}\n')
+    (tmp_path / "absent.jsonl").write_text('{"caption": "a", "task": "i_edit", "image": "absent.png"}\n')
+    (tmp_path / "turns.jsonl").write_text('{"caption": "a", "task": "t2i", "turns": ["b"]}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "taken").mkdir()
     for options, message in {
@@ -225,8 +361,10 @@ def test_mistakes_in_sampling(command: Commander, trained: str, tmp_path: Path) 
         "--prompt a --size 64x64 --frames 401 --out new": "exceeds the model's position table",
         "--prompt a --size 64x64 --out taken": "--out taken: exists",
         "--prompts nowhere.jsonl --size 64x64 --out new": "there is no such file",
-        "--prompts bad.jsonl --size 64x64 --out new": "bad.jsonl line 2: is no object with a caption",
-        "--prompts task.jsonl --size 64x64 --out new": "task 'i_edit'; this tool samples t2i and t2v",
+        "--prompts bad.jsonl --size 64x64 --out new": "bad.jsonl line 2: has no text",
+        "--prompts task.jsonl --size 64x64 --out new": "task.jsonl line 1: task 'draw': must be one of t2i",
+        "--prompts absent.jsonl --size 64x64 --out new": "there is no file absent.png",
+        "--prompts turns.jsonl --size 64x64 --out new": "turns belong to edits",
         "--prompts empty.jsonl --size 64x64 --out new": "is empty",
         "--prompt a --size 64x64 --out new data.tokenizer=''": "data.tokenizer '': is not set",
     }.items():

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
-from megatron_lance.config.schema import DataConfig, ModelConfig, PromptConfig, SourceConfig
+from megatron_lance.config.schema import DataConfig, ModelConfig, PromptConfig
+from megatron_lance.data.facts import FACTS_SCHEMA, MediaFact, RowFacts, text_facts
 from megatron_lance.data.media import MediaInfo
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.records import Media, Record, RecordError
-from megatron_lance.data.tasks import Block, Dropout, assemble, draw_dropout, outline, plan_sample
+from megatron_lance.data.sample_plan import Place, Sizing, plan_sample
+from megatron_lance.data.tasks import Block, Dropout, assemble, draw_dropout, outline
 from megatron_lance.packing.batch import PackTokens, label_rows
 from megatron_lance.packing.packer import mask_pairs
 from megatron_lance.packing.sample import Pack, Sample, Task
@@ -118,21 +122,34 @@ def test_golden_captions_labels_and_mask(case: str, tokenizer: Tokenizer) -> Non
     assert sum(mask_pairs(s.segments) for s in pack.samples) == int(mask.sum())
 
 
-def plan(record: Record, task: Task, tokenizer: Tokenizer, dropout: Dropout = Dropout(), **source: Any) -> Sample:  # noqa: B008
-    media = [element for element in (*record.inputs, record.target) if isinstance(element, Media)]
-    infos = {m.element: IMAGE if m.kind == "image" else CLIP for m in media}
+def plan(
+    record: Record,
+    task: Task,
+    tokenizer: Tokenizer,
+    dropout: Dropout = Dropout(),  # noqa: B008
+    frame_conditions: str = "first",
+    **changes: Any,
+) -> Sample:
+    """The sample planned from facts; it must be that of the prompt tokenised whole."""
     config = DataConfig(vae_resolution=256, vit_resolution=224, max_seconds_generation=1.5)
-    planned = plan_sample(
-        record, SourceConfig("s", "", task, **source), config, ModelConfig(), tokenizer, infos, dropout
-    )
-    visual = [i for i, s in enumerate(planned.sample.segments) if s.is_visual]
-    assert [item.segment_index for item in planned.media] == visual
-    assert len(planned.token_ids) == planned.sample.length
-    for item in planned.media:
-        segment = planned.sample.segments[item.segment_index]
-        assert (item.encoder == "vit") == (segment.kind is SegmentKind.VIT)
+    media = [element for element in (*record.inputs, record.target) if isinstance(element, Media)]
+    infos = changes.pop("infos", {m.element: IMAGE if m.kind == "image" else CLIP for m in media})
+    text = text_facts(record, task, config.prompts, tokenizer)
+    facts = RowFacts(tuple(MediaFact(m.element, infos[m.element]) for m in media), text)
+    assert RowFacts.of(pa.RecordBatch.from_pylist([facts.values()], schema=FACTS_SCHEMA).to_pylist()[0]) == facts
+    place = Place(record.source, record.file, record.row)
+    sizing = Sizing.of(config, changes.pop("model", ModelConfig()))
+    sample, items = plan_sample(facts, place, record.sample_id, task, frame_conditions, sizing, dropout)
+    visual = [i for i, s in enumerate(sample.segments) if s.is_visual]
+    assert [item.segment_index for item in items] == visual
+    for item in items:
+        assert (item.encoder == "vit") == (sample.segments[item.segment_index].kind is SegmentKind.VIT)
         assert all(size <= bucket for size, bucket in zip(item.size, item.bucket, strict=True))
-    return planned.sample
+    pieces = outline(record, task, config.prompts, dropout)
+    blocks = [sample.segments[i] for i in visual]
+    again, ids = assemble(record.sample_id, task, pieces, blocks, tokenizer)
+    assert again == sample and len(ids) == sample.length
+    return sample
 
 
 def kinds(sample: Sample) -> list[str]:
@@ -203,13 +220,16 @@ def test_understanding_without_a_system_prompt_takes_the_configured_one(tokenize
 def test_dropout_is_addressed_and_has_the_configured_rate() -> None:
     config = DataConfig(caption_dropout=0.3, condition_dropout=0.5)
     records = [replace(edit_record(2), row=row) for row in range(600)]
-    drawn = [draw_dropout(config, record, Task.S2I, seed=1, epoch=0) for record in records]
-    assert drawn == [draw_dropout(config, record, Task.S2I, seed=1, epoch=0) for record in records]
-    assert drawn != [draw_dropout(config, record, Task.S2I, seed=1, epoch=1) for record in records]
+
+    def draw(epoch: int, stands_for: str = "") -> list[Dropout]:
+        return [draw_dropout(config, 2, r.sample_id + stands_for, Task.S2I, 1, epoch) for r in records]
+
+    drawn = draw(0)
+    assert drawn == draw(0)
+    assert drawn != draw(1) and drawn != draw(0, " for another")
     assert sum(d.caption for d in drawn) / 600 == pytest.approx(0.3, abs=0.06)
     assert sum(len(d.conditions) for d in drawn) / 1200 == pytest.approx(0.5, abs=0.06)
-    answer = Record("s", "f", 0, "", (Media("image", "image_bytes"), "What?"), "A car.")
-    assert draw_dropout(replace(config, caption_dropout=1.0), answer, Task.I2T, 1, 0) == Dropout()
+    assert draw_dropout(replace(config, caption_dropout=1.0), 1, "s/f/0", Task.I2T, 1, 0) == Dropout()
 
 
 @pytest.mark.parametrize(
@@ -229,15 +249,25 @@ def test_records_that_do_not_fit_the_task(record: Record, task: Task, message: s
         plan(record, task, tokenizer)
 
 
-def test_wrong_kind_short_clip_and_large_grid_are_refused(tokenizer: Tokenizer) -> None:
+def test_short_clip_and_large_grid_are_refused(tokenizer: Tokenizer) -> None:
     record = Record("s", "f", 0, "", ("A car.",), Media("video", "v"))
-    source = SourceConfig("s", "", Task.I2V)
-    config, model = DataConfig(vae_resolution=256), ModelConfig(latent_position_frames=4, latent_position_size=8)
-    one_frame = MediaInfo("video", 640, 480, 2, 24.0)
-    for info, bounds, message in (
-        (IMAGE, ModelConfig(), "holds image where the row says video"),
-        (one_frame, ModelConfig(), "none is left beside the frame conditions"),
-        (CLIP, model, "exceeds the position table of 4 x 8 x 8"),
-    ):
-        with pytest.raises(RecordError, match=message):
-            plan_sample(record, source, config, bounds, tokenizer, {"v": info}, Dropout())
+    small = ModelConfig(latent_position_frames=4, latent_position_size=8)
+    two_frames = MediaInfo("video", 640, 480, 2, 24.0)
+    with pytest.raises(RecordError, match="s/f/0 v: 1 frames give 1 latent frames, none is left beside the frame cond"):
+        plan(record, Task.I2V, tokenizer, infos={"v": two_frames})
+    with pytest.raises(RecordError, match="exceeds the position table of 4 x 8 x 8"):
+        plan(record, Task.I2V, tokenizer, model=small)
+
+
+@pytest.mark.parametrize("caption", ["Turn it blue.", " \n and now?", "\n", "😀 <|im_end|>"])
+@pytest.mark.parametrize("task", [Task.T2I, Task.I_EDIT, Task.S2I])
+def test_every_dropout_is_planned_from_the_same_facts(caption: str, task: Task, tokenizer: Tokenizer) -> None:
+    """`plan` compares with the prompt tokenised whole; captions that merge with the template are among them."""
+    conditions = {Task.T2I: 0, Task.I_EDIT: 1, Task.S2I: 3}[task]
+    media = tuple(Media("image", f"in{k}") for k in range(conditions))
+    record = Record("s", "f", 3, "", (*media, caption), Media("image", "out"))
+    lengths = set()
+    for dropped in (c for n in range(conditions + 1) for c in combinations(range(conditions), n)):
+        for without_caption in (False, True):
+            lengths.add(plan(record, task, tokenizer, Dropout(without_caption, dropped)).length)
+    assert len(lengths) == 2 * (conditions + 1)

@@ -51,9 +51,15 @@ def one_rank() -> Iterator[groups.Groups]:
         groups.destroy()
 
 
-def build(model: ModelConfig = TINY, *, precision: str = "float32", recompute: str | None = None) -> LanceModel:
+def build(
+    model: ModelConfig = TINY,
+    *,
+    precision: str = "float32",
+    recompute: str | None = None,
+    modules: tuple[str, ...] = ("core_attn",),
+) -> LanceModel:
     """The whole model with random weights that depend on names only; biases and norms are not trivial."""
-    parallel = ParallelConfig(recompute_granularity=recompute)
+    parallel = ParallelConfig(recompute_granularity=recompute, recompute_modules=modules)
     (stage,) = build_stages(transformer_config(model, parallel, precision), model, TOKENIZER_SIZE)
     load_weights([stage], RandomSource(3, model), model, tp_rank=0, tp=1)
     generator = torch.Generator().manual_seed(4)
@@ -113,7 +119,7 @@ def forward_backward(model: LanceModel, pack: Pack, batch: RankBatch) -> Result:
     loss = total_loss(
         weighted_sum(outputs.ce, batch.ce_weights),
         weighted_sum(velocity_error(outputs.velocity, batch.target), batch.velocity_weights),
-        LossCounts(pack.ce_rows, pack.velocity_rows),
+        LossCounts.of([pack]),
         ce_weight=OBJECTIVE.ce_weight,
         mse_weight=OBJECTIVE.mse_weight,
     )

@@ -1,0 +1,59 @@
+"""The benchmarks of packing and prepack: what they count; not how fast anything is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lance.config.errors import UserError
+from megatron_lance.packing.step_balance import Samples
+from megatron_lance.profiling.benchmarks import packing, prepack
+from tests.tiny import write_tokenizer
+
+
+def run(benchmark: ModuleType, *given: str) -> tuple[dict[str, Any], str]:
+    parser = argparse.ArgumentParser()
+    benchmark.add_arguments(parser)
+    result = benchmark.run(parser.parse_args(given))
+    return result, benchmark.table(result)
+
+
+def test_the_greedy_packer_keeps_what_does_not_fit_for_later() -> None:
+    """One rank, samples of 6 and 4 in packs of 10: a second 6 waits until a pack begins with it."""
+    length = np.array([6, 4] * 200)
+    steps = list(packing._greedy(Samples(length, length, length * 0), 1, 1, capacity=10, least=10, seed=1))
+    packs = [pack for step in steps for pack in step]
+    assert all(sum(length[i] for i in pack) <= 10 for pack in packs)
+    inside = [i for pack in packs for i in pack]
+    assert len(set(inside)) == len(inside) >= 400 - packing.BUFFER - 2
+    assert np.mean([sum(length[i] for i in pack) for pack in packs]) > 9.5
+
+
+def test_figures_of_packing() -> None:
+    result, text = run(packing, *"--stage pt --dp 4 --micro-batches 2 --samples 1500 --bands 1 2 --window 64".split())
+    alike, banded = result["planned"]
+    assert alike["fill"] > 0.99 and alike["fill"] > result["greedy"]["fill"]
+    assert 1 <= alike["max_over_mean"]["mean"] <= alike["max_over_mean"]["worst"] < 1.2
+    assert alike["max_over_mean"]["mean"] < result["greedy"]["max_over_mean"]["mean"]
+    assert banded["deviation_of_step_cost"] > 2 * alike["deviation_of_step_cost"]
+    assert set(alike["share_deviation_over_random"]) == {"t2i", "t2v", "i2t", "v2t"}
+    assert alike["worst_share_deviation"] == max(alike["share_deviation_over_random"].values())
+    assert text.count("\n") == 4 and "greedy" in text
+
+
+def test_figures_of_prepack(tmp_path: Path) -> None:
+    tokenizer = str(write_tokenizer(tmp_path / "tokenizer"))
+    result, text = run(prepack, *f"--stage ct3 --rows 60 --workers 1 --tokenizer {tokenizer}".split())
+    assert result["counts"]["unusable"] == 0 and result["counts"]["samples"] >= 60
+    assert all(result[name]["seconds"] > 0 for name in ("first", "another_budget_and_resolution", "one_more_shard"))
+    assert result["bytes_per_row"]["index"] > 50 and "projected" in text
+
+
+def test_a_failing_prepack_ends_the_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tools/prepack.py ended with exit code 2"):
+        prepack._timed(tmp_path, 1)

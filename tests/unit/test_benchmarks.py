@@ -1,0 +1,43 @@
+"""Benchmarks run, on little, and their results and tables hold what they promise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_lance.config.schema import ParallelConfig
+from megatron_lance.profiling.benchmarks import long_pack
+from tests.command import Commander
+from tests.unit.tiny_model import mixed_pack, one_rank
+
+
+def test_cp_balance(command: Commander, tmp_path: Path) -> None:
+    done = command("bench cp-balance --packs 3 --cp 2 16 --json result.json", folder=tmp_path)
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["packs"] == 3 and set(result["by_cp"]) == {"2", "16"}
+    assert {"command", "commit", "date", "device"} <= set(result)
+    for found in result["by_cp"].values():
+        assert 1.0 <= found["tiles"]["mean"] <= found["tiles"]["worst"] < found["zigzag_tiles"]["worst"]
+        assert found["rows"]["worst"] < 1.01 and 0 <= found["padding"]["mean"] < 0.05
+        assert found["slices"]["mean"] >= 1 and found["solver_ms"]["p50"] > 0
+        tp1, tp4 = found["megabytes_per_layer"]["tp1"], found["megabytes_per_layer"]["tp4"]
+        assert tp1["ring"] > tp1["gathered_keys_values"] > tp4["gathered_keys_values"] > 0
+        assert tp1["qkv_over_tp"] == 0 < tp4["qkv_over_tp"]
+    heads = [found["megabytes_per_layer"]["tp1"]["head_splitting"] for found in result["by_cp"].values()]
+    assert heads[0] and heads[1] is None, "two key/value heads are split over two ranks at most"
+    assert "zigzag" in done.out and done.out.count("\n") == 4
+
+
+def test_long_pack_on_a_short_one() -> None:
+    with one_rank() as groups:
+        result = long_pack.on_ranks(mixed_pack(), ParallelConfig(region_alignment=8), groups)
+    assert result["tokens"] == mixed_pack().length and len(result["samples"]) == 4
+    assert {"attention plan", "layout with deal", "positions", "dispatch", "forward", "backward"} <= set(
+        result["seconds"]
+    )
+    assert result["mask_pairs_max_over_mean"] == pytest.approx(1.0)
+    assert result["collective_bytes"] == {"counted": 0, "formula": 0.0}
+    assert "peak memory of a rank" in long_pack.table(result)
