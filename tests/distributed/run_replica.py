@@ -21,12 +21,12 @@ from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.feed import Feed
 
 
-def collect(run: RunConfig, groups: Groups) -> dict[str, Any]:
-    """Encodings of all packs of the index, and what the first step trains on."""
+def collect(run: RunConfig, groups: Groups, step: int) -> dict[str, Any]:
+    """Encodings of all packs of the index, and what a step trains on."""
     feed = Feed(run, groups, Tokenizer(run.data.tokenizer))
     packs = [feed.index.pack(number) for number in range(len(feed.index))]
     visuals = feed.encoder.encode(packs, feed.reader)
-    inputs = feed.step(0)
+    inputs = feed.step(step)
     return {
         "visuals": [(v.vit, v.latents, v.valid) for v in visuals],
         "named": list(feed.encoder.broken),
@@ -38,11 +38,11 @@ def collect(run: RunConfig, groups: Groups) -> dict[str, Any]:
 
 def main() -> None:
     """Run."""
-    out, *configs = sys.argv[1:]
+    out, step, *configs = sys.argv[1:]
     degree = f"parallel.context_parallel_size={os.environ['WORLD_SIZE']}"
     runs = [load_config([config], [degree]) for config in configs]
     groups = parallel_groups.initialize(runs[0].parallel, seed=1)
-    torch.save([collect(run, groups) for run in runs], Path(out) / f"rank{dist.get_rank()}.pt")
+    torch.save([collect(run, groups, int(step)) for run in runs], Path(out) / f"rank{dist.get_rank()}.pt")
     parallel_groups.destroy()
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megatron_lance.config.loader import load_config
+from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.prepack import prepack
 from megatron_lance.packing.sample import Pack
@@ -52,6 +53,16 @@ def damaged(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path
 BROKEN = {"text2image/text2image.parquet/0", "text2video/text2video.parquet/2"}
 
 
+def broken_step(run: RunConfig) -> int:
+    """The first step that trains on a damaged row."""
+    index = PackIndex.open(run.data.pack_index)
+    for step in range(len(index)):
+        for number in index.global_batch(step, run.training.global_batch_size):
+            if any(row.sample.sample_id in BROKEN for row in index.pack(number).rows):
+                return step
+    raise AssertionError("no step has a damaged row")
+
+
 Results = list[list[dict[str, Any]]]
 
 
@@ -61,7 +72,7 @@ def results(tiny_run: TinyRun, damaged: Path, tmp_path_factory: pytest.TempPathF
     good, bad = [], []
     for ranks in RANKS:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        torchrun(ranks, SCRIPT, str(folder), str(tiny_run.config), str(damaged))
+        torchrun(ranks, SCRIPT, str(folder), str(broken_step(tiny_run.load())), str(tiny_run.config), str(damaged))
         pairs = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
         good.append([pair[0] for pair in pairs])
         bad.append([pair[1] for pair in pairs])
@@ -124,7 +135,8 @@ def test_rows_of_a_broken_sample_have_weight_zero_and_still_count(
 ) -> None:
     run = tiny_run.load()
     index = PackIndex.open(run.data.pack_index)
-    packs = [index.pack(number) for number in index.global_batch(0, run.training.global_batch_size)]
+    numbers = index.global_batch(broken_step(run), run.training.global_batch_size)
+    packs = [index.pack(number) for number in numbers]
     kept = [[s for s in planned.pack.samples if s.sample_id not in BROKEN] for planned in packs]
     assert any(len(samples) < len(planned.rows) for samples, planned in zip(kept, packs, strict=True))
     expected = [(sum(s.ce_rows for s in samples), sum(s.velocity_rows for s in samples)) for samples in kept]
