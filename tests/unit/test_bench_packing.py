@@ -31,7 +31,8 @@ def test_the_greedy_packer_keeps_what_does_not_fit_for_later() -> None:
     assert all(sum(length[i] for i in pack) <= 10 for pack in packs)
     inside = [i for pack in packs for i in pack]
     assert len(set(inside)) == len(inside) >= 400 - packing.BUFFER - 2
-    assert {sum(length[i] for i in pack) for pack in packs} == {8, 10}
+    totals = {int(sum(length[i] for i in pack)) for pack in packs}
+    assert {8, 10} <= totals <= {6, 8, 10}, "a 6 is alone where the buffer is full of sixes"
 
 
 def test_figures_of_packing() -> None:
