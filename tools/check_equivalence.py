@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
@@ -136,7 +137,9 @@ def _step(packs: list[FilledPack], run: RunConfig, trainee: Trainee, groups: Gro
     losses = forward_backward(trainee, _batches(packs, run, groups), counts, run.objective, groups, broken=0)
     whole = not run.parallel.use_distributed_optimizer
     gradients = public_gradients(trainee, run.model) if whole else {}
-    norm, _ = update(trainee, losses)
+    norm, left_out = update(trainee, losses)
+    if left_out:
+        norm = math.nan
     return StepResult(losses.total, norm, losses.by_task, gradients)
 
 

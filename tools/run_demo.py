@@ -167,7 +167,7 @@ def main() -> int:
     """Run all stages and print the summary; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the demo")
-    parser.add_argument("--iters", type=int, default=640, help="training steps before the resume")
+    parser.add_argument("--iters", type=int, default=760, help="training steps before the resume")
     parser.add_argument("--extra", type=int, default=25, help="training steps after the resume")
     parser.add_argument("--force", action="store_true", help="delete an earlier demo in DIR")
     options = parser.parse_args()

@@ -189,12 +189,14 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Stand-ins, never read, of the gradients that are under way."""
         exchange = ctx.exchange
+        exchange.rows = None  # received for the last time
         rows = gradients[0].new_zeros(sum(exchange.joined_rows), 2, *gradients[0].shape[1:])
         rows.index_copy_(0, exchange.context.key_rows, torch.stack(gradients, dim=1))
         joined = rows.split(exchange.joined_rows)
         for region in reversed(range(len(joined))):
             exchange.start_reduce(region, joined[region])
-        return None, *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+        zero = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return None, *zero
 
 
 class JointAttention(nn.Module):

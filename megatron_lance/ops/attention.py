@@ -12,8 +12,8 @@ Shapes: lq queries, l tokens of the pack, hq query heads, hkv key/value heads, d
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -41,8 +41,8 @@ def _attend(
 class _Pieces:
     """A tensor cut once at every edge of a plan's key ranges.
 
-    Slices share pieces; cutting once keeps backward linear in the tokens, where indexing would add a whole-pack
-    gradient per slice.  Gradients of a piece are added in the tensor's own (float32) precision, in slice order.
+    Slices share pieces; cutting once keeps backward from adding a whole-pack gradient per slice, as indexing would.
+    Gradients of a piece are added in the tensor's own (float32) precision, in slice order.
     """
 
     def __init__(self, x: torch.Tensor, plan: AttentionPlan) -> None:
@@ -71,14 +71,26 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
         return q + 0.0 * (k.sum() + v.sum()).to(q.dtype)
     groups = q.shape[1] // k.shape[1]
     keys, values = _Pieces(k, plan), _Pieces(v, plan)
+    calls = list(_calls(plan))
     outputs = []
-    for piece, queries in zip(plan.slices, q.split([s.num_queries for s in plan.slices]), strict=True):
-        n_q, n_k = piece.num_queries, piece.num_keys
+    for (n_q, key_ranges, causal), queries in zip(calls, q.split([call[0] for call in calls]), strict=True):
+        n_k = sum(stop - start for start, stop in key_ranges)
         square = n_q == n_k
-        mask = _lower_right(n_q, n_k, q.device) if piece.causal and not square else None
-        k_slice, v_slice = keys.take(piece.keys, q.dtype), values.take(piece.keys, q.dtype)
-        outputs.append(_attend(queries, k_slice, v_slice, groups, mask, causal=piece.causal and square))
+        mask = _lower_right(n_q, n_k, q.device) if causal and not square else None
+        k_slice, v_slice = keys.take(key_ranges, q.dtype), values.take(key_ranges, q.dtype)
+        outputs.append(_attend(queries, k_slice, v_slice, groups, mask, causal=causal and square))
     return torch.cat(outputs)
+
+
+def _calls(plan: AttentionPlan) -> Iterator[tuple[int, tuple[Range, ...], bool]]:
+    """(queries, key ranges, causal) of each call.
+
+    Neighbouring slices that see the same keys whole are one call, so that the many chunks of a visual segment on a
+    context-parallel rank share one copy of its keys.
+    """
+    numbered = enumerate(plan.slices)
+    for (key_ranges, alone), group in groupby(numbered, lambda item: (item[1].keys, item[0] if item[1].causal else -1)):
+        yield sum(piece.num_queries for _, piece in group), key_ranges, alone >= 0
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:

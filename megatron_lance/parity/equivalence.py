@@ -6,6 +6,7 @@ public reference, equivalence with our own other layout (design, words).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ MODEL = ModelConfig(
 )
 """Two key/value heads as Lance has, and enough layers for four stages or virtual stages."""
 CAPACITY = 2304
-"""Tokens of a pack; several chunks of 128 rows for every context-parallel rank up to four."""
+"""Tokens of a pack."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ LAYOUTS: dict[str, NamedLayout] = {
     )
 }
 """Every layout that is checked; the reference is ONE_RANK."""
-FEW = ("tp4", "pp2-vpp2", "cp3", "tp2-pp2-cp2", "dp2-cp2-overlap", "tp2-cp2-core-attn")
+FEW = ("tp4", "dp4", "pp2-vpp2", "cp3", "tp2-pp2-cp2", "dp2-cp2-overlap", "tp2-cp2-core-attn")
 """What continuous integration checks."""
 
 
@@ -224,7 +225,7 @@ def relative_by_group(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, tor
             continue
         floor = max(float(want.abs().max()), 1e-3 * scale[group], torch.finfo(torch.float32).tiny)
         difference = float((ours[key].double() - want.double()).abs().max()) / floor
-        found[group] = max(found.get(group, 0.0), difference if difference == difference else float("inf"))
+        found[group] = max(found.get(group, 0.0), _number(difference))
     return found
 
 
@@ -233,10 +234,16 @@ def differences(ours: Iterable[StepResult], theirs: Iterable[StepResult]) -> dic
     found: dict[str, float] = {}
     for a, b in zip(ours, theirs, strict=True):
         step = {"loss": abs(a.loss - b.loss) / abs(b.loss), "grad norm": abs(a.grad_norm - b.grad_norm) / b.grad_norm}
-        tasks = a.by_task.keys() | b.by_task.keys()
-        step["loss by task"] = max(abs(a.by_task[t] - b.by_task[t]) / abs(b.by_task[t]) for t in tasks)
+        missing = float("nan")
+        by_task = [(a.by_task.get(t, missing), b.by_task.get(t, missing)) for t in {*a.by_task, *b.by_task}]
+        step["loss by task"] = max((_number(abs(x - y) / abs(y)) for x, y in by_task), default=0.0)
         if a.gradients:
             step |= relative_by_group(a.gradients, b.gradients)
         for name, value in step.items():
-            found[name] = max(found.get(name, 0.0), value)
+            found[name] = max(found.get(name, 0.0), _number(value))
     return found
+
+
+def _number(difference: float) -> float:
+    """A difference that is no number is larger than any."""
+    return math.inf if math.isnan(difference) else difference

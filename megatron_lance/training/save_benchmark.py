@@ -13,6 +13,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("--layers", type=int, default=2, help="dual-expert layers of the 3B width")
     parser.add_argument("--repeats", type=int, default=3, help="saves of each kind")
+    parser.add_argument(
+        "--fully", action="store_true", help="fully_reshardable too, which holds the optimizer's state three times"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="disk to write to; by default the temporary folder's")
 
 
@@ -101,12 +105,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         groups = parallel_groups.initialize(config.parallel, seed=1)
         try:
             trainee = build(config, groups, VOCABULARY, PendingWeights())
-            return _measure(config, trainee, _batch(config, groups), args.repeats)
+            kinds = (DP_RESHARDABLE, FULLY_RESHARDABLE) if args.fully else (DP_RESHARDABLE,)
+            return _measure(config, trainee, _batch(config, groups), kinds, args.repeats)
         finally:
             parallel_groups.destroy()
 
 
-def _measure(run: RunConfig, trainee: Trainee, batch: RankBatch, repeats: int) -> dict[str, Any]:
+def _measure(run: RunConfig, trainee: Trainee, batch: RankBatch, kinds: Sequence[str], repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         for parameter in trainee.stages[0].parameters():
             parameter.fill_(0.01)
@@ -114,7 +119,7 @@ def _measure(run: RunConfig, trainee: Trainee, batch: RankBatch, repeats: int) -
     state = TrainingState(trainee.chunks, trainee.optimizer, trainee.scheduler, ())
     rows: dict[str, list[dict[str, Any]]] = {}
     load, step = os.getloadavg()[0], 0
-    ways = [(kind, behind) for kind in (DP_RESHARDABLE, FULLY_RESHARDABLE) for behind in (False, True)]
+    ways = [(kind, behind) for kind in kinds for behind in (False, True)]
     for kind, behind in [(DP_RESHARDABLE, False), *ways * repeats]:  # the first warms up
         step += 1
         settings = replace(run, training=replace(run.training, save_format=kind, async_save=behind))

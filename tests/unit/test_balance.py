@@ -39,7 +39,13 @@ def test_every_query_is_dealt_once_and_rows_are_equal(pack: Pack, cp: int) -> No
 
 @pytest.mark.parametrize("cp", [2, 3, 4, 8, 16])
 def test_work_of_real_sized_packs_is_nearly_equal(cp: int) -> None:
-    ratios = [max(tiles) / np.mean(tiles) for tiles in (tiles_by_rank(pack, cp) for pack in stage_packs("ct3", 20))]
+    packs_of_stage = stage_packs("ct3", 20)
+    for pack in packs_of_stage:
+        experts = experts_of(pack)
+        for tokens, dealt in zip(experts, deal_queries(AttentionPlan.from_pack(pack), experts, cp), strict=True):
+            assert sorted(np.concatenate(dealt).tolist()) == tokens.tolist()
+            assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    ratios = [max(tiles) / np.mean(tiles) for tiles in (tiles_by_rank(pack, cp) for pack in packs_of_stage)]
     assert max(ratios) <= 1.10 and np.mean(ratios) <= 1.03
 
 
