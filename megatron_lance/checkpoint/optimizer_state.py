@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, PER_PARAMETER
@@ -49,6 +50,37 @@ def _count_from_zero(optimizer: MegatronOptimizer) -> None:
         if isinstance(part.optimizer, torch.optim.Adam):
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.zeros((), dtype=torch.float32))
+
+
+def sharded_optimizer(
+    optimizer: MegatronOptimizer, model: dict[str, Any], kind: str, is_loading: bool
+) -> dict[str, Any]:
+    """An optimizer's state as megatron-core saves or loads it.
+
+    Args:
+        optimizer: one whose state was started.
+        model: sharded state dict of the same model.
+        kind: of the state.
+        is_loading: whether it is to be filled.
+    """
+    state: dict[str, Any] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=layout_metadata(kind))
+    if state.get("param_state_sharding_type") == DP_RESHARDABLE:
+        _clear_gaps(state["param_state"])
+    return state
+
+
+def _clear_gaps(buffers: dict[Any, Any]) -> None:
+    """Zero what lies between parameters: megatron-core 0.16.1 writes memory there that was never set."""
+    for buckets in (buckets for by_dtype in _dicts(buffers) for buckets in by_dtype.values()):
+        for part in (part for bucket in buckets for part in bucket):
+            if part["padding"].unwrap():
+                for value in part.values():
+                    if isinstance(value, ShardedTensor):
+                        value.data.zero_()
+
+
+def _dicts(buffers: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+    return (value for value in buffers.values() if isinstance(value, dict))
 
 
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

@@ -23,7 +23,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_lance.checkpoint.flat_shards import FlatShard, sharded
 from megatron_lance.checkpoint.hf_lance import check_shapes, public_shapes
 from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, Checkpoint, StoreError
-from megatron_lance.checkpoint.optimizer_state import layout_metadata, load_optimizer, start_optimizer
+from megatron_lance.checkpoint.optimizer_state import (
+    layout_metadata,
+    load_optimizer,
+    sharded_optimizer,
+    start_optimizer,
+)
 from megatron_lance.checkpoint.tensors import EMA_PREFIX
 from megatron_lance.config.loader import from_dict
 from megatron_lance.config.schema import ModelConfig
@@ -127,5 +132,5 @@ def state_tree(state: TrainingState, kind: str, is_loading: bool, with_ema: bool
     metadata = layout_metadata(kind)
     model = {name: chunk.module.sharded_state_dict(metadata=dict(metadata)) for name, chunk in _named(state.chunks)}
     ema = {"ema": sharded(state.ema, model, EMA_PREFIX)} if with_ema and state.ema else {}
-    optimizer = state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(metadata))
+    optimizer = sharded_optimizer(state.optimizer, model, kind, is_loading)
     return {**model, **ema, "optimizer": optimizer, "scheduler": state.scheduler.state_dict()}
