@@ -1,8 +1,9 @@
 """The same batches on many layouts: `torchrun --nproc-per-node 8 tools/check_equivalence.py [--layout NAME ...]`.
 
 Every layout trains two steps (all tasks, then a batch where one replica has no generation token, one no answer, one a
-single noise sample) from the same weights, and loss, gradient norm and every parameter group's gradients are compared
-with one rank.  The parallel state is initialised anew for each layout, on as many of the ranks as it takes.
+single noise sample) from the same weights, and loss, gradient norm, every parameter group's gradients and the updated
+weights are compared with one rank.  The parallel state is initialised anew for each layout, on as many of the ranks as
+it takes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from megatron_lance.parity.equivalence import (
     global_batches,
 )
 from megatron_lance.profiling.provenance import provenance
-from megatron_lance.training.gradients import public_gradients
+from megatron_lance.training.gradients import public_gradients, public_weights
 from megatron_lance.training.loop import update
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
@@ -140,7 +141,7 @@ def _step(packs: list[FilledPack], run: RunConfig, trainee: Trainee, groups: Gro
     norm, left_out = update(trainee, losses)
     if left_out:
         norm = math.nan
-    return StepResult(losses.total, norm, losses.by_task, gradients)
+    return StepResult(losses.total, norm, losses.by_task, gradients, public_weights(trainee, run.model))
 
 
 def _run(layout: NamedLayout, arguments: argparse.Namespace, store: Store, rank: int) -> list[StepResult]:
@@ -167,11 +168,11 @@ def _run(layout: NamedLayout, arguments: argparse.Namespace, store: Store, rank:
 
 
 def _line(name: str, found: dict[str, float], tolerance: float) -> str:
-    groups = [key for key in found if key not in ("loss", "loss by task", "grad norm")]
+    groups = [key for key in found if key not in ("loss", "loss by task", "grad norm", "weights")]
     worst = max(groups, key=found.__getitem__, default=None)
     gradient = f"gradients {found[worst]:.1e} ({worst})" if worst else "gradients in shards"
     verdict = "ok  " if max(found.values()) <= tolerance else "FAIL"
-    return f"{verdict} {name:<28} loss {found['loss']:.1e}, grad norm {found['grad norm']:.1e}, {gradient}"
+    return f"{verdict} {name:<28} loss {found['loss']:.1e}, weights {found['weights']:.1e}, {gradient}"
 
 
 def main() -> int:

@@ -189,12 +189,14 @@ class StepResult:
         grad_norm: over all parameters.
         by_task: loss of each task.
         gradients: by public key; empty where a distributed optimizer keeps them in shards.
+        weights: after the update, by public key.
     """
 
     loss: float
     grad_norm: float
     by_task: Mapping[str, float]
     gradients: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
 
 
 def parameter_group(key: str) -> str:
@@ -230,13 +232,14 @@ def relative_by_group(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, tor
 
 
 def differences(ours: Iterable[StepResult], theirs: Iterable[StepResult]) -> dict[str, float]:
-    """Largest relative difference over the steps of loss, gradient norm and every parameter group's gradients."""
+    """Largest relative difference over the steps of loss, gradient norm, weights, and each group's gradients."""
     found: dict[str, float] = {}
     for a, b in zip(ours, theirs, strict=True):
         step = {"loss": abs(a.loss - b.loss) / abs(b.loss), "grad norm": abs(a.grad_norm - b.grad_norm) / b.grad_norm}
         missing = float("nan")
         by_task = [(a.by_task.get(t, missing), b.by_task.get(t, missing)) for t in {*a.by_task, *b.by_task}]
         step["loss by task"] = max((_number(abs(x - y) / abs(y)) for x, y in by_task), default=0.0)
+        step["weights"] = max(relative_by_group(a.weights, b.weights).values(), default=0.0)
         if a.gradients:
             step |= relative_by_group(a.gradients, b.gradients)
         for name, value in step.items():

@@ -87,6 +87,9 @@ class CollectiveCounter(TorchDispatchMode):
 
     Attributes:
         moved: bytes, by name of the process group.
+
+    Raises:
+        NotImplementedError: on a collective that it cannot count.
     """
 
     def __init__(self) -> None:
@@ -104,6 +107,8 @@ class CollectiveCounter(TorchDispatchMode):
             group = torch.distributed.ProcessGroup.unbox(boxed)
             size = whole.numel() * whole.element_size()
             self.moved[group.group_name] += round(size * (group.size() - 1) / group.size())
+        elif name.startswith(("c10d::", "_c10d_functional::")):
+            raise NotImplementedError(f"{name}: this collective is not counted")
         return func(*args, **(kwargs or {}))
 
 

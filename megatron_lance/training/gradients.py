@@ -1,9 +1,11 @@
-"""Whole gradients, for checks.
+"""Whole gradients and weights, for checks.
 
-Station: a step's backward -> [gradients by public key] -> comparison with the reference or another layout.
+Station: a step's backward or update -> [tensors by public key] -> comparison with the reference or another layout.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,6 +14,8 @@ from megatron.core import parallel_state
 from megatron_lance.checkpoint.hf_lance import gather_public, global_parameters
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.training.setup import Trainee
+
+Public = dict[str, torch.Tensor]
 
 
 def public_gradients(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -24,10 +28,29 @@ def public_gradients(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Te
     Returns:
         float32 tensors on the CPU, on every rank.
     """
-    parameters = global_parameters(trainee.stages)
-    own = ((name, parameter.main_grad) for name, parameter in parameters)  # type: ignore[attr-defined]
+    return _public(trainee, model, lambda parameter: parameter.main_grad)  # type: ignore[attr-defined]
+
+
+def public_weights(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Tensor]:
+    """All weights by public key, from all stages; a collective of the whole world.
+
+    Args:
+        trainee: after an update, whatever its optimizer; overlapped gathers of parameters are awaited.
+        model: sizes.
+
+    Returns:
+        float32 tensors on the CPU, on every rank.
+    """
+    for chunk in trainee.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    return _public(trainee, model, lambda parameter: parameter.detach())
+
+
+def _public(trainee: Trainee, model: ModelConfig, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Public:
+    own = ((name, of(parameter)) for name, parameter in global_parameters(trainee.stages))
     group = parallel_state.get_tensor_model_parallel_group()
-    public = {key: grad.float().cpu() for key, grad in gather_public(own, model, group)}
-    stages: list[dict[str, torch.Tensor] | None] = [None] * dist.get_world_size()
+    public = {key: value.float().cpu() for key, value in gather_public(own, model, group)}
+    stages: list[Public | None] = [None] * dist.get_world_size()
     dist.all_gather_object(stages, public)
-    return {key: grad for stage in stages if stage is not None for key, grad in stage.items()}
+    return {key: value for stage in stages if stage is not None for key, value in stage.items()}
