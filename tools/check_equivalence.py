@@ -64,6 +64,9 @@ from megatron_lance.training.step import forward_backward
 
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-2}
 """Largest allowed relative difference; in bf16 13 times its rounding unit 2^-8, as layouts round other partial sums."""
+WEIGHT_TOLERANCE = {"float32": 1e-5, "bf16": 1e-1}
+"""The same of updated weights; in bf16 more, as those that begin at zero are nothing but two updates of Adam, in which
+small gradients count as much as large ones."""
 LEARNING_RATE, ADAM_EPS = 1e-3, 1e-3  # so large an eps that the first update is smooth in the gradient
 
 
@@ -167,11 +170,16 @@ def _run(layout: NamedLayout, arguments: argparse.Namespace, store: Store, rank:
     return steps
 
 
-def _line(name: str, found: dict[str, float], tolerance: float) -> str:
+def _agrees(found: dict[str, float], precision: str) -> bool:
+    bound = {"weights": WEIGHT_TOLERANCE[precision]}
+    return all(value <= bound.get(name, TOLERANCE[precision]) for name, value in found.items())
+
+
+def _line(name: str, found: dict[str, float], precision: str) -> str:
     groups = [key for key in found if key not in ("loss", "loss by task", "grad norm", "weights")]
     worst = max(groups, key=found.__getitem__, default=None)
     gradient = f"gradients {found[worst]:.1e} ({worst})" if worst else "gradients in shards"
-    verdict = "ok  " if max(found.values()) <= tolerance else "FAIL"
+    verdict = "ok  " if _agrees(found, precision) else "FAIL"
     return f"{verdict} {name:<28} loss {found['loss']:.1e}, weights {found['weights']:.1e}, {gradient}"
 
 
@@ -182,25 +190,26 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     chosen = _chosen(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=30)))
-    tolerance = TOLERANCE[arguments.precision]
+    precision = arguments.precision
     reference = _run(ONE_RANK, arguments, store, rank)
     results = {}
     for layout in chosen:
         steps = _run(layout, arguments, store, rank)
         if rank == 0:
             results[layout.name] = differences(steps, reference)
-            print(_line(layout.name, results[layout.name], tolerance), flush=True)
+            print(_line(layout.name, results[layout.name], precision), flush=True)
     if rank == 0 and arguments.json is not None:
         record = {
             **provenance(),
             "ranks": world_size,
-            "precision": arguments.precision,
-            "tolerance": tolerance,
+            "precision": precision,
+            "tolerance": TOLERANCE[precision],
+            "weight_tolerance": WEIGHT_TOLERANCE[precision],
             "losses": [step.loss for step in reference],
             "layouts": results,
         }
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    ok = all(max(found.values()) <= tolerance for found in results.values())
+    ok = all(_agrees(found, precision) for found in results.values())
     store.set(f"done {rank}", "1")
     if rank == 0:
         store.wait([f"done {r}" for r in range(world_size)], timedelta(minutes=30))
