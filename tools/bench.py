@@ -9,16 +9,30 @@ import sys
 from pathlib import Path
 
 from megatron_lance.config.errors import UserError, run_command
-from megatron_lance.profiling.benchmarks import cp_balance, long_pack, mape, mape_registers, packing, prepack
+from megatron_lance.profiling.benchmarks import (
+    cp_balance,
+    data_memory,
+    data_path,
+    long_pack,
+    mape,
+    mape_registers,
+    packing,
+    prepack,
+)
 from megatron_lance.profiling.provenance import provenance
-from megatron_lance.training import save_benchmark
+from megatron_lance.training import damaged_benchmark, plan_benchmark, sampling_benchmark, save_benchmark
 
 BENCHMARKS = {
     "cp-balance": cp_balance,
+    "damaged-media": damaged_benchmark,
+    "data-memory": data_memory,
+    "data-path": data_path,
     "long-pack": long_pack,
     "mape": mape,
     "mape-registers": mape_registers,
     "packing": packing,
+    "plan-check": plan_benchmark,
+    "sampling": sampling_benchmark,
     "save": save_benchmark,
     "prepack": prepack,
 }

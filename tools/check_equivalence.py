@@ -35,15 +35,10 @@ from megatron_lance.config.schema import (
     TrainingConfig,
 )
 from megatron_lance.config.validate import validate
-from megatron_lance.model.transformer_config import DTYPES
 from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.objectives.random_values import FilledPack
-from megatron_lance.packing.layout import Layout
-from megatron_lance.packing.packer import deal_packs, mask_pairs
-from megatron_lance.packing.positions import Mape
 from megatron_lance.parallel import cpu_rehearsal
 from megatron_lance.parallel import groups as parallel_groups
-from megatron_lance.parallel.dispatch import RankBatch, rank_batch
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.parity.equivalence import (
     FEW,
@@ -61,6 +56,7 @@ from megatron_lance.training.gradients import public_gradients, public_weights
 from megatron_lance.training.loop import update
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
+from megatron_lance.training.synthetic import micro_batches
 
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-2}
 """Largest allowed relative difference; in bf16 13 times its rounding unit 2^-8, as layouts round other partial sums."""
@@ -115,33 +111,14 @@ def _run_config(layout: NamedLayout, precision: str, attention: str, packs: int)
     return run
 
 
-def _batches(packs: list[FilledPack], run: RunConfig, groups: Groups) -> list[RankBatch]:
-    """This replica's packs as this rank sees them."""
-    costs = [sum(mask_pairs(sample.segments) for sample in fixed.pack.samples) for fixed in packs]
-    return [
-        rank_batch(
-            packs[i].pack,
-            Layout.build(packs[i].pack, groups.cp, groups.tp, run.parallel.region_alignment),
-            packs[i].tokens,
-            packs[i].visuals,
-            packs[i].noise,
-            mape=Mape(run.model.mape),
-            mape_step=run.model.mape_step,
-            cp_rank=groups.cp_rank,
-            tp_rank=groups.tp_rank,
-        ).to(groups.device, DTYPES[run.training.precision])
-        for i in deal_packs(costs, groups.dp)[groups.dp_rank]
-    ]
-
-
 def _step(packs: list[FilledPack], run: RunConfig, trainee: Trainee, groups: Groups) -> StepResult:
     """One step; gradients are read before they are clipped."""
     counts = LossCounts.of(f.pack for f in packs)
     trainee.scheduler.step(increment=1)
-    losses = forward_backward(trainee, _batches(packs, run, groups), counts, run.objective, groups, broken=0)
+    losses = forward_backward(trainee, micro_batches(packs, run, groups), counts, run.objective, groups, broken=0)
     whole = not run.parallel.use_distributed_optimizer
     gradients = public_gradients(trainee, run.model) if whole else {}
-    norm, left_out = update(trainee, losses)
+    norm, left_out, *_ = update(trainee, losses)
     if left_out:
         norm = math.nan
     return StepResult(losses.total, norm, losses.by_task, gradients, public_weights(trainee, run.model))

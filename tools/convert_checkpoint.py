@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_lance.checkpoint.manifest import Checkpoint, check_digests, checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, names_checkpoint
 from megatron_lance.checkpoint.public_files import CheckpointError, TensorFolder, parse_size
 from megatron_lance.config.errors import run_command
 
@@ -69,6 +69,7 @@ def checkpoint_lines(checkpoint: Checkpoint) -> list[str]:
     degrees = {short: parallel[f"{name}_parallel_size"] for short, name in names.items()}
     degrees["dp"] = manifest.world_size // math.prod(degrees.values())
     sizes = [f"{name} {model[name]}" for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")]
+    average = f"with decay {training['ema_decay']}" if manifest.has_ema else "none"
     origin = f"on {' x '.join(f'{name} {degree}' for name, degree in degrees.items())}"
     if manifest.weights_only:
         origin = f"from '{training['init_from']}', weights only"
@@ -77,6 +78,7 @@ def checkpoint_lines(checkpoint: Checkpoint) -> list[str]:
         f"  step {manifest.step}, {manifest.step * training['global_batch_size']} packs, {training['precision']}",
         f"  written by version {manifest.code_version} (format {manifest.format}) {origin}",
         f"  model: {', '.join(sizes)}",
+        f"  optimizer's state: {manifest.optimizer or 'none'}; averaged weights: {average}",
         f"  tokenizer sha256 {manifest.data.tokenizer_sha256}, pack index hash {manifest.data.pack_index_hash}",
         f"  broken media known: {len(manifest.broken)}",
         f"  {len(manifest.files)} files, {sum(manifest.files.values())} bytes",
@@ -113,7 +115,7 @@ def verify(a: Path, b: Path, progress: bool) -> int:
     """Print every difference of two models; the exit status tells whether there is one."""
     from megatron_lance.checkpoint.view import all_keys, differences, open_public  # heavy: not for `info`
 
-    one, two = open_public(a), open_public(b)
+    one, two = open_public(a, progress), open_public(b, progress)
     keys = all_keys(one, two)
     count = 0
     bar = tqdm(keys, desc="verify", unit="tensor", disable=not progress)
@@ -141,10 +143,10 @@ def import_public(arguments: argparse.Namespace, progress: bool) -> int:
 def export(arguments: argparse.Namespace, progress: bool) -> int:
     """Write public weights of a checkpoint."""
     from megatron_lance.checkpoint.hf_export import export_lance
+    from megatron_lance.checkpoint.view import sound_at
 
     size = parse_size(arguments.max_shard_size) if arguments.max_shard_size else None
-    checkpoint = checkpoint_at(arguments.checkpoint)
-    check_digests(checkpoint)
+    checkpoint = sound_at(arguments.checkpoint, progress)
     export_lance(
         checkpoint,
         arguments.out,

@@ -59,6 +59,7 @@ _README = """Coloured shapes: the data set of the demo, made by tools/make_demo_
 tokenizer/      byte-level BPE of at most {vocab} tokens, trained on the texts of these rows
 heldout.jsonl   prompts to test a model with, and what it should make of them; media paths start at this folder.
                 Each wants a (colour, shape, place) that no training row shows or names
+preview.jsonl   a few of them, of every task, to sample while training
 media/          the media of the first rows, to look at; media/heldout/ holds the inputs of heldout.jsonl
 
 {rows}
@@ -272,6 +273,8 @@ def _combinations(rng: np.random.Generator, moves: bool) -> list[Scene]:
 def write_heldout(out: Path, seed: int, size: int) -> list[str]:
     """Write heldout.jsonl and its media; returns its captions and questions.
 
+    preview.jsonl repeats its first three lines and the first of every other task, to sample while training.
+
     Lines: task, caption, expected (attributes of the target; for questions the answer), media (paths from `out`).
     """
     lines: list[Row] = []
@@ -301,7 +304,10 @@ def write_heldout(out: Path, seed: int, size: int) -> list[str]:
         for scene in _combinations(rng, task == "v2t"):
             ask, answer = question(rng, scene)
             add(task, ask, {"answer": answer}, draw(scene, size))
-    (out / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    tasks = [line["task"] for line in lines]
+    shown = [line for number, line in enumerate(lines) if number < 3 or line["task"] not in tasks[:number]]
+    for name, chosen in (("heldout", lines), ("preview", shown)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen), encoding="utf-8")
     return [line["caption"] for line in lines]
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from dataclasses import replace
 
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
@@ -24,7 +25,9 @@ def main() -> int:
         default=len(os.sched_getaffinity(0)),
         help="processes that probe media (default: all cores)",
     )
-    parser.add_argument("--held-out", action="store_true", help="plan the rows of data.validation_fraction instead")
+    parser.add_argument(
+        "--held-out", action="store_true", help="plan the rows of data.validation_fraction, in validation.pack_index"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.seq_length=50000")
     args = parser.parse_intermixed_args()
@@ -38,8 +41,14 @@ def main() -> int:
     training = config.training
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1; give the number of processes")
+    data = config.data
+    if args.held_out:
+        if not config.validation.pack_index:
+            raise UserError("validation.pack_index '': is not set; give a folder, e.g. validation.pack_index=PATH")
+        facts = data.facts or (f"{data.pack_index}.facts" if data.pack_index else "")
+        data = replace(data, pack_index=config.validation.pack_index, facts=facts)
     index = prepack(
-        config.data,
+        data,
         config.model,
         training.seed,
         training.global_batch_size,

@@ -96,6 +96,7 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
         f"training.run_dir={out}/train",
         f"data.pack_index={out}/packs",
         f"data.tokenizer={out}/data/tokenizer",
+        f"preview.prompts={out}/data/preview.jsonl",
         *([f"parallel.tensor_model_parallel_size={ranks()}"] if ranks() != 2 else []),
         *(sources if out != Path("runs/demo") else []),
     ]

@@ -7,30 +7,27 @@
 
 --weights takes a folder in the public layout, a run's folder or one of its checkpoints.  --prompts takes a JSONL; what
 its lines may say is at the top of megatron_lance/sampling/prompt_list.py.  Writes a file per sample, samples.jsonl with
-files and answers, and contact_sheet.png; --resume goes on with a folder that is not finished.
+files and answers, and contact_sheet.png; --resume goes on with a folder that is not finished, killed or not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from tqdm import tqdm
 
-from megatron_lance.checkpoint.hf_lance import FolderSource, WeightSource, load_weights, with_rope_of
-from megatron_lance.checkpoint.manifest import checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.everywhere import faults, first_ranks
+from megatron_lance.checkpoint.hf_lance import FolderSource, WeightSource, check_shapes, load_weights, with_rope_of
+from megatron_lance.checkpoint.manifest import checkpoint_at, damage, names_checkpoint
 from megatron_lance.checkpoint.view import CheckpointView
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
@@ -39,7 +36,6 @@ from megatron_lance.config.schema import ModelConfig, RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.data.decode import MediaDecoder
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.sizes import vae_grid
 from megatron_lance.encoders.vae import build_vae
 from megatron_lance.encoders.vit import VitEncoder
 from megatron_lance.model.lance_model import build_stages
@@ -48,26 +44,31 @@ from megatron_lance.packing.positions import Mape
 from megatron_lance.packing.sample import Task
 from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parallel.groups import Groups
+from megatron_lance.sampling.batches import HowToSample, batches, sample_batch
 from megatron_lance.sampling.engine import Encoders, Engine
 from megatron_lance.sampling.flow_sampler import SamplerSettings
-from megatron_lance.sampling.media import Frames, contact_sheet, picture_grid, write_mp4, write_png
 from megatron_lance.sampling.passes import ModelPasses
 from megatron_lance.sampling.prompt_list import (
     LAYOUTS,
     Defaults,
-    Layout,
     Line,
     check_frames,
+    check_places,
+    check_sizes,
     parse_line,
     parse_size,
     read_list,
 )
+from megatron_lance.sampling.results import Results
 from megatron_lance.sampling.text_decoder import DecoderSettings
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.jsonl"
-SHEET_SAMPLES, SHEET_COLUMNS = 64, 8
+DECIDING = (
+    "weights ema layout size frames steps shift scale visual_scale renorm max_tokens top_p temperature "
+    "understanding_mape seed"
+).split()
+"""Options that decide the samples."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,7 +117,7 @@ def read_lines(options: argparse.Namespace) -> list[Line]:
     frames = None if options.frames is None else check_frames(options.frames, "--frames")
     task = Task(options.task) if options.task else LAYOUTS[options.layout].task
     if options.prompts is not None:
-        return read_list(options.prompts, Defaults(task, size, frames, options.seed))
+        return read_list(options.prompts, Defaults(task, size, frames, options.seed), f"--prompts {options.prompts}")
     if task is None:
         task = Task.T2I if (frames or 1) == 1 else Task.T2V
     row: dict[str, Any] = {"caption": options.prompt, "images": options.media}
@@ -135,7 +136,7 @@ class _CheckpointSource:
 
 
 def open_weights(folder: str, model: ModelConfig, ema: bool) -> WeightSource:
-    """Weights in the public layout, of a run or of a checkpoint.
+    """Weights in the public layout, of a run or of a checkpoint; a collective of the world.
 
     Args:
         folder: that holds them.
@@ -143,10 +144,17 @@ def open_weights(folder: str, model: ModelConfig, ema: bool) -> WeightSource:
         ema: take a run's averaged weights.
 
     Raises:
-        UserError: if there are none or they do not fit the model.
+        UserError: if there are none, they are damaged or they do not fit the model.
     """
     if names_checkpoint(Path(folder)):
-        return _CheckpointSource(CheckpointView(checkpoint_at(Path(folder)), ema=ema))
+        checkpoint = first_ranks(lambda: checkpoint_at(Path(folder)))  # a run may save at this moment
+        size = sum(checkpoint.manifest.files.values())
+        logger.info("holding the %.3g GB of %s against their digests", size / 1e9, checkpoint.folder)
+        if found := faults(checkpoint):
+            raise damage(checkpoint, found)
+        view = CheckpointView(checkpoint, ema=ema)
+        check_shapes({key: spec.shape for key, spec in view.specs.items()}, model, f"checkpoint '{checkpoint.folder}'")
+        return _CheckpointSource(view)
     if ema:
         raise UserError(f"--ema: '{folder}' is in the public layout and has one set of weights; leave --ema out")
     return FolderSource(folder, model, f"--weights {folder!r}")
@@ -170,145 +178,38 @@ def build_engine(run: RunConfig, groups: Groups, weights: WeightSource, cached: 
     )
 
 
-def _batches(work: Sequence[tuple[Line, int]], size: int) -> Iterator[list[tuple[Line, int]]]:
-    """Neighbours of one kind (generation or understanding), at most `size` together."""
-    batch: list[tuple[Line, int]] = []
-    for item in work:
-        if batch and (len(batch) == size or batch[0][0].task.is_generation != item[0].task.is_generation):
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-def _generate(engine: Engine, batch: list[tuple[Line, int]], settings: SamplerSettings) -> list[Frames]:
-    """The last turn's frames of every item; a turn's result is the source of the next."""
-    media = [tuple(path.read_bytes() for path in line.media) for line, _ in batch]
-    frames: list[Frames] = [np.zeros((0, 0, 0, 3), np.uint8)] * len(batch)
-    for turn in range(max(len(line.texts) for line, _ in batch)):
-        going = [i for i, (line, _) in enumerate(batch) if turn < len(line.texts)]
-        prompts = [batch[i][0].prompt(turn, media[i]) for i in going]
-        seeds = [batch[i][0].seed + batch[i][1] for i in going]
-        for i, made in zip(going, engine.generate(prompts, seeds, settings), strict=True):
-            frames[i], media[i] = made, (engine.as_medium(made),)
-    return frames
-
-
-class Results:
-    """The folder that is written; only the first rank writes.
+def work_through(
+    engine: Engine, options: argparse.Namespace, work: Sequence[tuple[Line, int]], results: Results | None
+) -> None:
+    """Sample and write.
 
     Args:
-        out: the folder.
-        layout: where files go.
-        copies: per prompt.
-        fps: of clips.
-        enabled: False on all ranks but the first.
+        engine: of this rank.
+        options: the command line.
+        work: lines and copies that are not done yet; the same on every rank.
+        results: writes; None on all ranks but the first.
     """
-
-    def __init__(self, out: Path, layout: Layout, copies: int, fps: float, enabled: bool) -> None:
-        self.out, self.layout, self.copies, self.fps, self.enabled = out, layout, copies, fps, enabled
-        self.grids: dict[int, list[Frames]] = {}
-
-    def done(self) -> set[int]:
-        """Numbers of the lines that a run before has finished."""
-        file = self.out / SAMPLES_FILE
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        counts: dict[int, int] = {}
-        for text in lines:
-            number = json.loads(text)["line"]
-            counts[number] = counts.get(number, 0) + 1
-        wanted = 1 if self.layout.grid else self.copies
-        return {number for number, count in counts.items() if count >= wanted}
-
-    def _note(self, line: Line, copy: int, **found: str) -> None:
-        with (self.out / SAMPLES_FILE).open("a", encoding="utf-8") as lines:
-            row = {**line.row, "task": str(line.task), "line": line.number, "copy": copy, **found}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def answer(self, line: Line, copy: int, text: str) -> None:
-        """Note an answer."""
-        if self.enabled:
-            self._note(line, copy, answer=text)
-
-    def frames(self, line: Line, copy: int, frames: Frames) -> None:
-        """Write a picture or clip; the copies of a grid wait for one another."""
-        if not self.enabled:
-            return
-        if self.layout.grid:
-            together = self.grids.setdefault(line.number, [])
-            together.append(frames)
-            if len(together) < self.copies:
-                return
-            frames = picture_grid(self.grids.pop(line.number))
-        suffix = ".png" if len(frames) == 1 else ".mp4"
-        name = line.path(self.layout, copy, suffix, self.copies)
-        path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = " | ".join(line.texts)
-        if len(frames) == 1:
-            write_png(path, frames[0], text)
-        else:
-            write_mp4(path, frames, self.fps, text)
-        if self.layout.metadata:
-            beside = self.out / self.layout.metadata.format(number=line.number)
-            beside.write_text(json.dumps(line.row, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._note(line, copy, file=name)
-
-    def sheet(self) -> None:
-        """The contact sheet of the first samples, with answers below their questions' media left out."""
-        rows = [json.loads(text) for text in (self.out / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
-        shown = [row for row in rows if "file" in row][:SHEET_SAMPLES]
-        pairs = [(_read(self.out / row["file"]), _text(row)) for row in shown]
-        if pairs:
-            contact_sheet(pairs, columns=SHEET_COLUMNS).save(self.out / "contact_sheet.png")
-
-
-def _text(row: dict[str, Any]) -> str:
-    return next(row[key] for key in ("caption", "prompt", "prompt_en", "instruction") if key in row)
-
-
-def _read(path: Path) -> Frames:
-    """A written sample."""
-    if path.suffix == ".png":
-        return np.asarray(Image.open(path))[None]
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def work_through(engine: Engine, options: argparse.Namespace, lines: Sequence[Line], results: Results) -> None:
-    """Sample and write everything that is not done yet."""
-    settings = SamplerSettings(
-        options.steps, options.shift, options.scale, options.visual_scale, tuple(options.interval), options.renorm
+    how = HowToSample(
+        SamplerSettings(
+            options.steps, options.shift, options.scale, options.visual_scale, tuple(options.interval), options.renorm
+        ),
+        DecoderSettings(options.max_tokens, options.top_p, options.temperature, options.seed),
+        Mape.NONE if options.understanding_mape == "none" else engine.velocity.mape,
     )
-    decoder = DecoderSettings(options.max_tokens, options.top_p, options.temperature, options.seed)
-    mape = Mape.NONE if options.understanding_mape == "none" else engine.velocity.mape
-    finished = results.done()
-    work = [(line, copy) for line in lines if line.number not in finished for copy in range(results.copies)]
-    for batch in tqdm(list(_batches(work, options.batch)), desc="sample", unit="batch", disable=not results.enabled):
-        if batch[0][0].task.is_generation:
-            for (line, copy), frames in zip(batch, _generate(engine, batch, settings), strict=True):
-                results.frames(line, copy, frames)
-        else:
-            prompts = [line.prompt(0, tuple(path.read_bytes() for path in line.media)) for line, _ in batch]
-            for (line, copy), text in zip(batch, engine.answer(prompts, decoder, mape), strict=True):
-                results.answer(line, copy, text)
+    for batch in tqdm(list(batches(work, options.batch)), desc="sample", unit="batch", disable=results is None):
+        for (line, copy), result in zip(batch, sample_batch(engine, batch, how), strict=True):
+            if results is not None:
+                results.add(line, copy, result)
 
 
-def _check_sizes(lines: Sequence[Line], model: ModelConfig) -> None:
-    """Raise UserError where a target exceeds the model's position table."""
-    side = model.latent_position_size
-    for line in lines:
-        if line.size is None:
-            continue
-        frames = 1 if line.task in (Task.T2I, Task.I_EDIT, Task.S2I) else line.frames or 1
-        cells = vae_grid(frames, line.size)
-        if (cells[0] - 1) * side**2 + (cells[1] - 1) * side + cells[2] > model.latent_position_frames * side**2:
-            raise UserError(
-                f"line {line.number + 1}: latent grid {cells} of size {line.size[0]}x{line.size[1]} and "
-                f"{frames} frames exceeds the model's position table of {model.latent_position_frames} x "
-                f"{side} x {side}; choose a smaller size or fewer frames"
-            )
+def settings_of(options: argparse.Namespace, copies: int) -> dict[str, Any]:
+    """What decides the samples of a folder; more copies may be added to all but grids."""
+    values = {name: getattr(options, name) for name in DECIDING}
+    return {
+        **values,
+        "interval": list(options.interval),
+        **({"copies": copies} if LAYOUTS[options.layout].grid else {}),
+    }
 
 
 def main() -> int:
@@ -323,24 +224,28 @@ def main() -> int:
     if not run.data.tokenizer:
         raise UserError("data.tokenizer '': is not set; give the folder, e.g. data.tokenizer=PATH")
     lines = read_lines(options)
-    _check_sizes(lines, run.model)
+    check_sizes(lines, run.model)
+    layout = LAYOUTS[options.layout]
+    copies = layout.copies if options.copies is None else options.copies
+    if copies < 1:
+        raise UserError(f"--copies {copies}: must be at least 1; give the samples per prompt")
+    check_places(lines, layout, copies)
     if options.out.exists() and not options.resume:
         raise UserError(f"--out {options.out}: exists; give a new folder, or --resume to go on with it")
     run = replace(run, model=with_rope_of(run.model, options.weights))
-    weights = open_weights(options.weights, run.model, options.ema)
     if run.encoders.vae == "wan" and not run.encoders.vae_path:
         logger.warning("encoders.vae_path is empty: latents are decoded by a small random VAE; give its folder")
     groups = parallel_groups.initialize(run.parallel, run.training.seed)
-    layout = LAYOUTS[options.layout]
-    results = Results(options.out, layout, options.copies or layout.copies, run.data.target_fps, first)
-    if first:
-        options.out.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    weights = open_weights(options.weights, run.model, options.ema)
+    results = Results(options.out, layout, copies, run.data.target_fps, lines) if first else None
+    finished = [results.open(settings_of(options, copies)) if results is not None else None]
+    dist.broadcast_object_list(finished, src=0)
+    work = [(line, copy) for line in lines for copy in range(copies) if (line.number, copy) not in (finished[0] or ())]
     engine = build_engine(run, groups, weights, not options.uncached)
-    work_through(engine, options, lines, results)
-    if first:
-        results.sheet()
-        print(f"{len(lines) * results.copies} samples in {options.out}")
+    work_through(engine, options, work, results)
+    if results is not None:
+        results.finish()
+        print(f"{len(lines) * copies} samples in {options.out}")
     parallel_groups.destroy()
     return 0
 

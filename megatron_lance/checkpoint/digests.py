@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_lance.checkpoint.files import write_text
 DIGESTS_FILE = "digests.json"
 _ALGORITHM = "sha256"
 _THREADS = 4
+_BLOCK = 1 << 20  # bytes
 _OF_RANK = re.compile(r"__(\d+)_")
 
 
@@ -38,9 +39,14 @@ def text_digest(text: str) -> str:
     return hashlib.new(_ALGORITHM, text.encode("utf-8")).hexdigest()
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, read: Callable[[int], object] = lambda size: None) -> str:
+    """Digest of a file, hex; `read` hears how many bytes were read."""
+    digest = hashlib.new(_ALGORITHM)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _ALGORITHM).hexdigest()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            read(len(block))
+    return digest.hexdigest()
 
 
 def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -73,13 +79,16 @@ def read_digests(folder: Path) -> dict[str, str]:
     return dict(content["files"])
 
 
-def damaged(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+def damaged(
+    folder: Path, share: int = 0, shares: int = 1, read: Callable[[int], object] = lambda size: None
+) -> list[str]:
     """What is wrong with a checkpoint's files; one of several equal shares of them.
 
     Args:
         folder: of a checkpoint.
         share: which files to look at, from 0.
         shares: into how many parts the files are dealt.
+        read: called with a number of bytes whenever as many have been read, by several threads.
 
     Returns:
         a sentence per file that cannot be read or has another digest than was written down.
@@ -91,7 +100,7 @@ def damaged(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
 
     def fault(name: str) -> str:
         try:
-            same = _digest(folder / name) == expected[name]
+            same = _digest(folder / name, read) == expected[name]
         except OSError as error:
             return f"{name} cannot be read ({error})"
         return "" if same else f"{name} has another {_ALGORITHM} than when it was written"

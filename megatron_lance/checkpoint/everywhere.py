@@ -61,6 +61,30 @@ def together(target: Path, action: Callable[[], Value]) -> list[Value]:
     return [found[0] for found, _ in outcomes]
 
 
+def first_ranks(choose: Callable[[], Value]) -> Value:
+    """What the first rank chooses, on every rank; a collective of the world.
+
+    Ranks on other machines may see a shared disk as it was a moment ago.
+
+    Args:
+        choose: called on the first rank only.
+
+    Raises:
+        StoreError: on all ranks, if it is raised there.
+    """
+    outcome: list[tuple[list[Value], StoreError | None]] = [([], None)]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [([choose()], None)]
+        except StoreError as error:
+            outcome = [([], error)]
+    dist.broadcast_object_list(outcome, src=0)
+    values, problem = outcome[0]
+    if problem is not None:
+        raise problem
+    return values[0]
+
+
 def faults(checkpoint: Checkpoint) -> list[str]:
     """Hold a checkpoint's files against their digests, each rank a share of them; a collective of the world.
 
@@ -75,7 +99,7 @@ def sound(checkpoint: Checkpoint, training: TrainingConfig) -> Checkpoint:
     """The checkpoint to go on from, its files held against their digests; a collective of the world.
 
     Args:
-        checkpoint: what `find_checkpoint` chose.
+        checkpoint: what `find_checkpoint` chose, the same on every rank.
         training: with resume auto or latest a damaged checkpoint is passed over with a warning.
 
     Raises:
@@ -85,7 +109,8 @@ def sound(checkpoint: Checkpoint, training: TrainingConfig) -> Checkpoint:
     while found := faults(checkpoint):
         error = damage(checkpoint, found)
         passed_over.add(checkpoint.folder)
-        other = find_checkpoint(training, passed_over) if training.resume in ("auto", "latest") else None
+        may_differ = training.resume in ("auto", "latest")
+        other = first_ranks(lambda: find_checkpoint(training, passed_over)) if may_differ else None
         if other is None:
             raise error
         logger.warning("%s", error)

@@ -19,12 +19,12 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -48,6 +48,6 @@ def publish(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     partial.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
     if aside.exists():
         shutil.rmtree(aside)

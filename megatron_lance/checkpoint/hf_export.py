@@ -1,8 +1,8 @@
 """A checkpoint's weights in the public Hugging Face layout (spec/model.md section 9).
 
 Station: checkpoint -> [export] -> folder with model.safetensors (or several files and their index), llm_config.json,
-generation_config.json and the tokenizer's files; `training.init_from` reads such a folder.  One process reads the
-checkpoint of any layout and writes each tensor as it comes.
+generation_config.json, the tokenizer's files, and export.json, which names them all; `training.init_from` reads such a
+folder.  One process reads the checkpoint of any layout and writes each tensor as it comes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_lance.checkpoint.files import partial_folder, publish
+from megatron_lance.checkpoint.digests import files_in
+from megatron_lance.checkpoint.hf_vit import check_vit
 from megatron_lance.checkpoint.manifest import Checkpoint
-from megatron_lance.checkpoint.public_files import write_folder
+from megatron_lance.checkpoint.public_config import CONFIG_FILE, VARIANTS, read_config
+from megatron_lance.checkpoint.public_files import TensorFolder, new_folder, shown, write_folder
 from megatron_lance.checkpoint.view import CheckpointView
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.data.prompt import IM_END, VIDEO_PAD, VISION_END, VISION_START, Tokenizer
 from megatron_lance.packing.positions import TEMPORAL_STRIDE
 
-CONFIG_FILE = "llm_config.json"
+EXPORT_FILE = "export.json"
+"""Names the files of an export, so that only an export is ever replaced."""
 TOKENIZER_FOLDER = "tokenizer"
 """Where an imported checkpoint keeps the tokenizer of the public folder."""
 TOKENIZER_FILES = (
@@ -59,7 +62,8 @@ def export_lance(
 ) -> None:
     """Write a checkpoint's weights to `out`; the folder appears complete or not at all.
 
-    The largest tensor is in memory once; what is converted or computed is so in small blocks.
+    The largest tensor, embeddings or LM head, is in memory once, also where shards on several ranks wrote it; what is
+    converted or computed is so in small blocks.
 
     Args:
         checkpoint: written on any layout.
@@ -75,23 +79,26 @@ def export_lance(
 
     Raises:
         ExportError: if `out` exists or the tokenizer is not the run's.
+        CheckpointError: if the ViT does not fit, or the disk does not take the export.
         TokenizerError: if the tokenizer is missing.
     """
     _check_target(out, force)
+    if vit is not None:
+        shapes = {key: spec.shape for key, spec in TensorFolder(vit, f"--vit '{vit}'").specs.items()}
+        check_vit(shapes, checkpoint.manifest.config["model"]["hidden_size"], f"--vit '{vit}'")
     view = CheckpointView(checkpoint, _frames(checkpoint, target), vit, ema)
     folder = _tokenizer_folder(checkpoint, tokenizer, view.run.data.tokenizer)
     if dtype is not None:
         view.specs = {key: replace(spec, dtype=DTYPES[dtype]) for key, spec in view.specs.items()}
     name = dtype or next(name for name, value in DTYPES.items() if value is view.tensors.dtype)
-    partial = partial_folder(out)
-    stream = tqdm(view.stream(), desc="export", unit="tensor", total=len(view.specs), disable=not progress)
-    write_folder(partial, view.specs, iter(stream), max_shard_bytes)
     ids = _token_ids(folder)
-    model = replace(view.model, latent_position_frames=view.frames)
-    _write_json(partial / CONFIG_FILE, llm_config(model, ids, name))
-    _write_json(partial / "generation_config.json", _generation_config(ids))
-    copy_tokenizer(folder, partial)
-    publish(partial, out)
+    with new_folder(out) as partial:
+        stream = tqdm(view.stream(), desc="export", unit="tensor", total=len(view.specs), disable=not progress)
+        write_folder(partial, view.specs, iter(stream), max_shard_bytes)
+        _write_json(partial / CONFIG_FILE, llm_config(view.model, ids, name))
+        _write_json(partial / "generation_config.json", _generation_config(ids))
+        copy_tokenizer(folder, partial)
+        _write_json(partial / EXPORT_FILE, {"files": [*files_in(partial), EXPORT_FILE]})
 
 
 def _frames(checkpoint: Checkpoint, target: str | None) -> int | None:
@@ -121,10 +128,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _check_target(out: Path, force: bool) -> None:
-    if out.exists() and not force:
+    """Refuse to replace anything but an earlier export."""
+    if not out.exists():
+        return
+    if not force:
         raise ExportError(f"'{out}': exists; give --force to replace it")
-    if out.exists() and not (out / CONFIG_FILE).is_file():
-        raise ExportError(f"'{out}': exists and holds no {CONFIG_FILE}, so it is no export; name another folder")
+    if not (out / EXPORT_FILE).is_file():
+        raise ExportError(f"'{out}': exists and holds no {EXPORT_FILE}, so it is no export; name another folder")
+    own = read_config(out, EXPORT_FILE).get("files", [])
+    if foreign := [name for name in files_in(out) if name not in own]:
+        raise ExportError(f"'{out}': holds files that no export wrote: {shown(foreign)}; name another folder")
 
 
 def _token_ids(folder: Path) -> dict[str, int]:
@@ -153,7 +166,6 @@ def llm_config(model: ModelConfig, ids: Mapping[str, int], dtype: str) -> dict[s
         "image_token_id": ids.get("<|image_pad|>", ids[VIDEO_PAD]),
         "initializer_range": 0.02,
         "intermediate_size": model.ffn_hidden_size,
-        "latent_position_size": model.latent_position_size,
         "max_position_embeddings": _MAX_POSITIONS,
         "max_window_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
@@ -161,7 +173,6 @@ def llm_config(model: ModelConfig, ids: Mapping[str, int], dtype: str) -> dict[s
         "num_key_value_heads": model.num_query_groups,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_scaling": {"type": "mrope", "mrope_section": list(model.mrope_section)},
-        "rope_inv_freq_dtype": model.rope_inv_freq_dtype or "float32",
         "rope_theta": model.rotary_base,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
@@ -172,6 +183,8 @@ def llm_config(model: ModelConfig, ids: Mapping[str, int], dtype: str) -> dict[s
         "vision_end_token_id": ids[VISION_END],
         "vision_start_token_id": ids[VISION_START],
         "vocab_size": model.vocab_size,
+        **{name: getattr(model, name) for name in VARIANTS},
+        "rope_inv_freq_dtype": model.rope_inv_freq_dtype or "float32",
     }
 
 

@@ -12,7 +12,6 @@ parameter as it is joined; no process group and no model is needed.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,29 +20,37 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_lance.checkpoint.digests import digests_of, files_in
-from megatron_lance.checkpoint.files import partial_folder, publish
-from megatron_lance.checkpoint.hf_export import CONFIG_FILE, TOKENIZER_FOLDER, copy_tokenizer
+from megatron_lance.checkpoint.digests import DIGESTS_FILE, digests_of, files_in
+from megatron_lance.checkpoint.hf_export import TOKENIZER_FOLDER, copy_tokenizer
 from megatron_lance.checkpoint.hf_lance import (
     POSITION_KEY,
     VIT_PREFIX,
     FolderSource,
     WeightSource,
     bindings,
-    with_rope_of,
+    public_shapes,
 )
+from megatron_lance.checkpoint.hf_vit import expected_shapes
 from megatron_lance.checkpoint.manifest import MANIFEST_FILE, DataIdentity, Manifest, StoreError
-from megatron_lance.checkpoint.public_files import CheckpointError, Shape, TensorFolder, TensorSpec, write_safetensors
+from megatron_lance.checkpoint.public_config import CONFIG_FILE, read_config, text_sizes, variants
+from megatron_lance.checkpoint.public_files import (
+    CheckpointError,
+    Shape,
+    TensorFolder,
+    TensorSpec,
+    check_names,
+    new_folder,
+    shown,
+    write_safetensors,
+)
 from megatron_lance.checkpoint.tensors import write_model
 from megatron_lance.checkpoint.view import VIT_FOLDER, position_table
 from megatron_lance.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from megatron_lance.data.prompt import Tokenizer
 
-logger = logging.getLogger(__name__)
-
 PRECISIONS = {torch.float32: "float32", torch.bfloat16: "bf16"}
 VIT_FILE = "vit.safetensors"
-_RELEASED_SIZE = 64  # rows of the released position table along height and along width
+_RELEASED = {"rope_inv_freq_dtype": "bfloat16"}  # what llm_config.json does not say there and ModelConfig leaves open
 
 
 @dataclass(frozen=True)
@@ -67,56 +74,6 @@ class Import:
     files: TensorFolder
     vit: Mapping[str, str]
     vit_config: Mapping[str, Any] | None = None
-
-
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of a public folder.
-
-    Raises:
-        CheckpointError: if it is missing or not JSON.
-    """
-    path = folder / name
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"'{folder}': has no {name}; give a folder in the public layout") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"'{path}': is not a JSON object ({error}); copy it again") from error
-
-
-def text_sizes(config: Mapping[str, Any], path: Path) -> ModelConfig:
-    """The sizes that a Qwen2 or Qwen2.5-VL configuration gives.
-
-    Args:
-        config: content of the text part; rotary settings under either of the names that transformers has used.
-        path: of the file, for errors.
-
-    Raises:
-        CheckpointError: naming every field that is missing.
-    """
-    names = (
-        "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size "
-        "rms_norm_eps"
-    ).split()
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = config.get("rope_theta", rope.get("rope_theta"))
-    missing = [name for name in names if name not in config]
-    missing += [] if theta is not None else ["rope_theta"]
-    missing += [] if "mrope_section" in rope else ["rope_scaling.mrope_section"]
-    if missing:
-        raise CheckpointError(f"'{path}': lacks {', '.join(missing)}; copy it again")
-    return ModelConfig(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        kv_channels=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        vocab_size=config["vocab_size"],
-        layernorm_epsilon=config["rms_norm_eps"],
-        rotary_base=float(theta),
-        mrope_section=tuple(rope["mrope_section"]),
-    )
 
 
 def dtype_of(specs: Mapping[str, TensorSpec]) -> torch.dtype:
@@ -147,16 +104,26 @@ def import_lance(folder: Path, out: Path, *, force: bool = False, progress: bool
     files = TensorFolder(folder)
     config = read_config(folder, CONFIG_FILE)
     sizes = text_sizes(config, folder / CONFIG_FILE)
-    channels = files.specs["vae2llm.weight"].shape[-1] if "vae2llm.weight" in files.specs else sizes.latent_channels
-    size = config.get("latent_position_size", _RELEASED_SIZE)
-    model = replace(sizes, latent_channels=channels, latent_position_size=size)
+    shape = files.specs["vae2llm.weight"].shape if "vae2llm.weight" in files.specs else ()
+    channels = shape[-1] if shape else sizes.latent_channels
+    model = replace(sizes, latent_channels=channels, **(_RELEASED | variants(folder)))
     model = replace(model, latent_position_frames=_table_frames(files, model))
-    model = with_rope_of(model, folder)
+    vit = {key.removeprefix(VIT_PREFIX): key for key in files.specs if key.startswith(VIT_PREFIX)}
+    _check_names(files, model, vit)
     source = FolderSource(folder, model)
     _check_table(files, model)
     own = {key: spec for key, spec in files.specs.items() if not key.startswith(VIT_PREFIX) and key != POSITION_KEY}
-    vit = {key.removeprefix(VIT_PREFIX): key for key in files.specs if key.startswith(VIT_PREFIX)}
     write_import(Import(source, model, dtype_of(own), folder, files, vit), out, force, progress)
+
+
+def _check_names(files: TensorFolder, model: ModelConfig, vit: Mapping[str, str]) -> None:
+    """All tensors but the position table, the ViT's too if there is one of them."""
+    wanted = public_shapes(model)
+    if vit:
+        shapes = expected_shapes({name: files.specs[key].shape for name, key in vit.items()}, model.hidden_size)
+        wanted |= {VIT_PREFIX + name: shape for name, shape in shapes.items()}
+    found = {key: shape for key, shape in shapes_of(files).items() if key != POSITION_KEY}
+    check_names(wanted, found, str(files.folder))
 
 
 def _table_frames(files: TensorFolder, model: ModelConfig) -> int:
@@ -192,28 +159,43 @@ def write_import(job: Import, out: Path, force: bool, progress: bool) -> None:
     """Write a checkpoint of weights only; the folder appears complete or not at all.
 
     Raises:
-        StoreError: if `out` exists without `force`, or is no checkpoint.
+        StoreError: if `out` exists without `force`, or is no earlier import and nothing else.
+        CheckpointError: if the disk does not take it.
     """
-    if out.exists() and not (force and (out / MANIFEST_FILE).is_file()):
-        remedy = "name another folder" if force else "give --force to replace it"
-        raise StoreError(f"'{out}': exists{' and is no checkpoint' if force else ''}; {remedy}")
-    partial = partial_folder(out)
-    _write_parameters(partial, job, progress)
-    if job.vit:
-        _write_vit(partial / VIT_FOLDER, job)
-    tokenizer = partial / TOKENIZER_FOLDER
-    sha256 = ""
-    if (job.folder / "tokenizer.json").is_file():
-        sha256 = Tokenizer(job.folder).sha256
-        copy_tokenizer(job.folder, tokenizer)
-    run = RunConfig(
-        model=job.model,
-        data=DataConfig(tokenizer=str(out / TOKENIZER_FOLDER) if sha256 else ""),
-        training=TrainingConfig(precision=PRECISIONS[job.dtype], init_from=str(job.folder)),
-    )
-    manifest = Manifest.of(partial, run, 0, 1, DataIdentity(sha256, ""), {}, weights_only=True)
-    manifest.write(partial, digests_of(partial, files_in(partial)))
-    publish(partial, out)
+    _check_target(out, force)
+    with new_folder(out) as partial:
+        _write_parameters(partial, job, progress)
+        if job.vit:
+            _write_vit(partial / VIT_FOLDER, job)
+        sha256 = ""
+        if (job.folder / "tokenizer.json").is_file():
+            sha256 = Tokenizer(job.folder).sha256
+            copy_tokenizer(job.folder, partial / TOKENIZER_FOLDER)
+        run = RunConfig(
+            model=job.model,
+            data=DataConfig(tokenizer=str(out / TOKENIZER_FOLDER) if sha256 else ""),
+            training=TrainingConfig(precision=PRECISIONS[job.dtype], init_from=str(job.folder)),
+        )
+        manifest = Manifest.of(partial, run, 0, 1, DataIdentity(sha256, ""), {}, weights_only=True)
+        manifest.write(partial, digests_of(partial, files_in(partial)))
+
+
+def _check_target(out: Path, force: bool) -> None:
+    """Refuse to replace anything but an earlier import: a run's checkpoint holds what exists nowhere else."""
+    if not out.exists():
+        return
+    if not force:
+        raise StoreError(f"'{out}': exists; give --force to replace it")
+    if not (out / MANIFEST_FILE).is_file():
+        raise StoreError(f"'{out}': exists and is no checkpoint; name another folder")
+    manifest = read_config(out, MANIFEST_FILE)
+    if manifest.get("weights_only") is not True:
+        raise StoreError(
+            f"'{out}': is a checkpoint of a run, with the state of its optimizer, and no import; name another folder"
+        )
+    own = {*manifest.get("files", ()), MANIFEST_FILE, DIGESTS_FILE}
+    if foreign := [name for name in files_in(out) if name not in own]:
+        raise StoreError(f"'{out}': holds files that no import wrote: {shown(foreign)}; name another folder")
 
 
 def _write_parameters(folder: Path, job: Import, progress: bool) -> None:

@@ -9,19 +9,19 @@ Weight layout: Megatron's QKV is interleaved per key/value group [q..., k, v]; f
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from megatron_lance.checkpoint.manifest import checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.public_config import variants
 from megatron_lance.checkpoint.public_files import Shape, TensorFolder, check_names
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.lance_model import LanceModel
@@ -33,6 +33,8 @@ POSITION_KEY = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
 IGNORED_KEYS = (POSITION_KEY, VIT_PREFIX)
 """Keys of public checkpoints that this model rebuilds or holds elsewhere."""
+_OF_POSITIONS = ("rope_inv_freq_dtype", "mape", "mape_step")
+"""Settings that change what weights compute, but no shape."""
 
 
 class WeightSource(Protocol):
@@ -291,22 +293,28 @@ def with_rope_of(model: ModelConfig, folder: str | Path) -> ModelConfig:
     """The model with `rope_inv_freq_dtype` decided where the configuration leaves it open (spec/model.md section 4).
 
     Weights exported by this project name theirs in llm_config.json; released weights name none and were trained with
-    bfloat16; new weights get float32.
+    bfloat16; new weights get float32.  Where the configuration decides otherwise than the weights say, a warning does.
 
     Args:
         model: sizes and variants.
         folder: where weights come from, in the public layout or a checkpoint; empty for new weights.
+
+    Raises:
+        UserError: if what the folder says of itself cannot be read.
     """
+    named: Mapping[str, Any] = {}
+    if str(folder):
+        is_checkpoint = names_checkpoint(Path(folder))
+        named = checkpoint_at(Path(folder)).manifest.config["model"] if is_checkpoint else variants(Path(folder))
+    for name in _OF_POSITIONS:
+        own, theirs = getattr(model, name), named.get(name)
+        if None not in (own, theirs) and own != theirs:
+            logger.warning("model.%s is %s, but the weights of %s were trained with %s", name, own, folder, theirs)
     if model.rope_inv_freq_dtype is not None:
         return model
     if not str(folder):
         return replace(model, rope_inv_freq_dtype="float32")
-    config = Path(folder) / "llm_config.json"
-    if names_checkpoint(Path(folder)):
-        dtype = checkpoint_at(Path(folder)).manifest.config["model"]["rope_inv_freq_dtype"]
-    else:
-        named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        dtype = named.get("rope_inv_freq_dtype", "bfloat16")
+    dtype = named.get("rope_inv_freq_dtype", "bfloat16")
     logger.info("model.rope_inv_freq_dtype is %s, as the weights of %s were trained with", dtype, folder)
     return replace(model, rope_inv_freq_dtype=dtype)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from megatron_lance.checkpoint.hf_import import Import, dtype_of, read_config, shapes_of, text_sizes, write_import
+from megatron_lance.checkpoint.hf_import import Import, dtype_of, shapes_of, write_import
 from megatron_lance.checkpoint.hf_lance import RandomSource, public_shapes
+from megatron_lance.checkpoint.hf_vit import vit_shapes
+from megatron_lance.checkpoint.public_config import read_config, text_sizes
 from megatron_lance.checkpoint.public_files import CheckpointError, Shape, TensorFolder, check_names
 from megatron_lance.config.schema import ModelConfig
 
@@ -88,10 +89,3 @@ def import_qwen(folder: Path, out: Path, *, seed: int, force: bool = False, prog
     dtype = dtype_of({key: files.specs[key] for key in wanted})
     vit = {key.removeprefix(visual): key for key in files.specs if key.startswith(visual)}
     write_import(Import(source, model, dtype, folder, files, vit, vision.to_dict()), out, force, progress)
-
-
-def vit_shapes(vision: Qwen2_5_VLVisionConfig) -> dict[str, Shape]:
-    """Every parameter of a ViT."""
-    with torch.device("meta"):
-        module = Qwen2_5_VisionTransformerPretrainedModel(vision)
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

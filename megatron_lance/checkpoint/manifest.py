@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_lance.checkpoint.digests import damaged, files_in, text_digest, write_digests
+from megatron_lance.checkpoint.digests import damaged, files_in, read_digests, text_digest, write_digests
 from megatron_lance.checkpoint.files import write_text
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.loader import to_dict
@@ -27,6 +28,7 @@ from megatron_lance.config.schema import RunConfig, TrainingConfig
 
 logger = logging.getLogger(__name__)
 
+_STEP_NAME = re.compile(r"step_(\d{8,})")
 FORMAT = 2
 MANIFEST_FILE = "checkpoint.json"
 LATEST_FILE = "latest"
@@ -35,7 +37,7 @@ DP_RESHARDABLE, FULLY_RESHARDABLE, PER_PARAMETER = "dp_reshardable", "fully_resh
 
 # What must not change between a checkpoint and the run that goes on from it, by section; "model" is all of it.
 _COMPUTED_ALIKE = ("attention_backend",)
-_SAME_TRAINING = ("seed", "global_batch_size", "precision")
+_SAME_TRAINING = ("seed", "global_batch_size", "precision", "freeze")
 _SAME_OPTIMIZER = ("use_distributed_optimizer",)
 _SAME_BUCKETS = (
     "tensor_model_parallel_size",
@@ -83,6 +85,7 @@ class Manifest:
         files: size in bytes of every other file but digests.json.
         weights_only: an imported model, without the state of an optimizer.
         optimizer: kind of the optimizer's state; empty: none.
+        left_out: global batches that the run leaves out, as data/position.py has them.
     """
 
     step: int
@@ -95,6 +98,7 @@ class Manifest:
     files: dict[str, int]
     weights_only: bool = False
     optimizer: str = ""
+    left_out: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -107,12 +111,14 @@ class Manifest:
         broken: BrokenMedia,
         weights_only: bool = False,
         optimizer: str = "",
+        left_out: Sequence[tuple[int, int]] = (),
     ) -> Manifest:
         """The manifest of a folder whose other files are complete."""
         files = {name: (folder / name).stat().st_size for name in files_in(folder)}
         rows = [[*key, cause] for key, cause in sorted(broken.items())]
         config, version = to_dict(run), _code_version()
-        return cls(step, world_size, config, data, rows, version, FORMAT, files, weights_only, optimizer)
+        gaps = [list(gap) for gap in left_out]
+        return cls(step, world_size, config, data, rows, version, FORMAT, files, weights_only, optimizer, gaps)
 
     def write(self, folder: Path, digests: Mapping[str, str]) -> None:
         """Write the digests and the manifest; from now on the folder is a complete checkpoint.
@@ -177,15 +183,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{_available(folder.parent)}"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
         if values["format"] != FORMAT:
             raise StoreError(
                 f"checkpoint '{folder}': has format {values['format']}, this program reads {FORMAT}; use version "
                 f"{values['code_version']}, which wrote it"
             )
         manifest = Manifest(**{**values, "data": DataIdentity(**values["data"])})
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        expected = read_digests(folder)[MANIFEST_FILE]
+    except StoreError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"checkpoint '{path}': cannot be read ({error!r}); {_available(folder.parent)}") from error
+    if text_digest(text) != expected:
+        raise StoreError(
+            f"checkpoint '{folder}': is damaged, {MANIFEST_FILE} has another digest than when it was written; restore "
+            f"the file or use another checkpoint; {_available(folder.parent)}"
+        )
     for name, size in manifest.files.items():
         file = folder / name
         found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
@@ -197,13 +212,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def check_digests(checkpoint: Checkpoint) -> None:
+def check_digests(checkpoint: Checkpoint, read: Callable[[int], object] = lambda size: None) -> None:
     """Hold every file of a checkpoint against its digest.
+
+    Args:
+        checkpoint: complete.
+        read: called with a number of bytes whenever as many have been read, by several threads.
 
     Raises:
         StoreError: naming the files that differ.
     """
-    if faults := damaged(checkpoint.folder):
+    if faults := damaged(checkpoint.folder, read=read):
         raise damage(checkpoint, faults)
 
 
@@ -221,6 +240,13 @@ def steps_in(root: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
+def latest_step(root: Path) -> int | None:
+    """Step that `latest` names; None if it is missing or names none."""
+    pointer = root / LATEST_FILE
+    text = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
+    return int(found[1]) if (found := _STEP_NAME.fullmatch(text)) else None
+
+
 def _available(root: Path) -> str:
     steps = steps_in(root)
     return f"'{root}' has steps {', '.join(map(str, steps))}" if steps else f"'{root}' has no checkpoint"
@@ -236,11 +262,14 @@ def _latest(root: Path, damaged_ones: Collection[Path] = ()) -> Checkpoint | Non
         return None
     problem = f"'{pointer}' is missing"
     if pointer.is_file():
-        named = root / pointer.read_text(encoding="utf-8").strip()
+        step = latest_step(root)
         try:
-            if named not in damaged_ones:
+            if step is None:
+                problem = f"'{pointer}' names no step"
+            elif (named := step_folder(root, step)) not in damaged_ones:
                 return open_checkpoint(named)
-            problem = f"'{named}' is damaged"
+            else:
+                problem = f"'{named}' is damaged"
         except StoreError as error:
             problem = str(error)
     others = (found for found in _complete(root) if found.folder not in damaged_ones)
@@ -272,7 +301,7 @@ def checkpoint_at(path: Path) -> Checkpoint:
         StoreError: if there is none or it is incomplete.
     """
     for root in (path / "checkpoints", path):
-        if (root / LATEST_FILE).is_file() and (latest := _latest(root)) is not None:
+        if root.is_dir() and (latest := _latest(root)) is not None:
             return latest
     return open_checkpoint(path)
 
@@ -311,6 +340,13 @@ def find_checkpoint(training: TrainingConfig, damaged_ones: Collection[Path] = (
         raise StoreError(f"training.resume '{resume}': {error}; {choices}") from error
 
 
+def checkpoint_before(training: TrainingConfig, step: int) -> Checkpoint | None:
+    """The newest complete checkpoint of a run with fewer steps; None if there is none."""
+    root = checkpoints_folder(training)
+    older = [found for found in _complete(root) if found.manifest.step < step] if root.is_dir() else []
+    return max(older, key=lambda found: found.manifest.step, default=None)
+
+
 def check_resumable(checkpoint: Checkpoint, run: RunConfig, data: DataIdentity) -> None:
     """Refuse a checkpoint from which this run cannot go on exactly.
 
@@ -335,8 +371,8 @@ def check_resumable(checkpoint: Checkpoint, run: RunConfig, data: DataIdentity) 
         remedy += (
             f"; the optimizer's state, {DP_RESHARDABLE}, loads on other dp and cp sizes only: to change the rest, "
             f"write it again on its own layout with training.resume={step} training.train_iters={step} "
-            f"training.save_format={FULLY_RESHARDABLE} and go on from that, or start from its weights by "
-            "training.init_from"
+            f"training.save_format={FULLY_RESHARDABLE} optimizer.lr_warmup_iters=0 and go on from that, or start from "
+            "its weights by training.init_from"
         )
     mine = checkpoint.manifest.data
     if data.tokenizer_sha256 != mine.tokenizer_sha256:
@@ -361,8 +397,8 @@ def _differing(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[s
     """`name: old -> new` of each setting that differs; settings younger than the checkpoint are left out."""
     found = []
     for name in names:
-        section, field = name.split(".")
-        before, now = old.get(section, {}), new[section][field]
-        if field in before and before[field] != now:
-            found.append(f"{name}: {reprlib.repr(before[field])} -> {reprlib.repr(now)}")
+        section, setting = name.split(".")
+        before, now = old.get(section, {}), new[section][setting]
+        if setting in before and before[setting] != now:
+            found.append(f"{name}: {reprlib.repr(before[setting])} -> {reprlib.repr(now)}")
     return found

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_lance.checkpoint.files import partial_folder, publish
 from megatron_lance.config.errors import UserError
 
 Shape = tuple[int, ...]
@@ -60,6 +63,27 @@ class TensorSpec:
     def bytes(self) -> int:
         """Size without any header."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name of `target` at the end: it appears complete or not at all.
+
+    Raises:
+        CheckpointError: if the disk does not take it; what was written is removed.
+    """
+    partial = None
+    try:
+        partial = partial_folder(target)
+        yield partial
+        publish(partial, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"'{target}': cannot be written ({error}); make room, or correct the folder's name or rights"
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class TensorFolder:

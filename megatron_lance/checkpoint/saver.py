@@ -1,8 +1,8 @@
 """Saves of a run: at once, or in the background while training goes on.
 
 Station: loop -> [saver] -> run folder.  A save plans what each rank writes (a collective), and hands the tensors to a
-writer: in the background (megatron-core's AsyncCallsQueue) a forked process, which holds them as they were.  The writer
-hashes what it wrote.  When all ranks are done, which all ranks find out together after the same step, one rank adds
+writer (megatron-core's AsyncCallsQueue), a forked process that holds them as they were.  The writer hashes what it
+wrote.  When all ranks are done, which all ranks find out together after the same step, one rank adds
 digests and manifest, renames the folder and points `latest` to it.
 
 A save that fails leaves the checkpoints before it as they were.  Every save writes under a name of its own, so a writer
@@ -16,14 +16,19 @@ import json
 import logging
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -34,7 +39,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_lance.checkpoint.digests import digests_of, written_by
 from megatron_lance.checkpoint.everywhere import of_all_ranks, together, unwritable
-from megatron_lance.checkpoint.files import publish, write_text
+from megatron_lance.checkpoint.files import publish, sync, write_text
 from megatron_lance.checkpoint.manifest import (
     LATEST_FILE,
     BrokenMedia,
@@ -42,14 +47,18 @@ from megatron_lance.checkpoint.manifest import (
     Manifest,
     StoreError,
     checkpoints_folder,
+    latest_step,
     step_folder,
 )
 from megatron_lance.checkpoint.optimizer_state import kind_of_save
 from megatron_lance.checkpoint.retention import remove_old
 from megatron_lance.checkpoint.store import TrainingState, state_tree
 from megatron_lance.config.schema import RunConfig
+from megatron_lance.data.position import LeftOut
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0  # between looks at the processes of a writer
 
 
 @dataclass(frozen=True)
@@ -62,8 +71,10 @@ class _Save:
         target: the checkpoint's folder.
         partial: what is written into.
         known: broken media of all ranks.
+        left_out: global batches that the run leaves out.
         start: when it began, by time.perf_counter.
         has_writer: whether this rank has something to write.
+        is_rewritten: whether `latest` stays where it is if that is a later step.
     """
 
     step: int
@@ -71,8 +82,10 @@ class _Save:
     target: Path
     partial: Path
     known: BrokenMedia
+    left_out: tuple[LeftOut, ...]
     start: float
     has_writer: bool
+    is_rewritten: bool
 
 
 @dataclass(frozen=True)
@@ -96,21 +109,30 @@ class Saver:
         state: of this rank.
         data: what the data position refers to.
         broken: media this rank knows to be broken; those of all ranks are saved.
+        left_out: global batches that the run leaves out, the same on every rank; may change between saves.
     """
 
-    def __init__(self, run: RunConfig, state: TrainingState, data: DataIdentity, broken: BrokenMedia) -> None:
-        self.run, self.state, self.data, self.broken = run, state, data, broken
+    def __init__(
+        self,
+        run: RunConfig,
+        state: TrainingState,
+        data: DataIdentity,
+        broken: BrokenMedia,
+        left_out: Sequence[LeftOut] = (),
+    ) -> None:
+        self.run, self.state, self.data, self.broken, self.left_out = run, state, data, broken, left_out
         self.queue = AsyncCallsQueue()
         self.pending: _Save | None = None
         self.stalled = self.seconds = self.pending_stall = self.since = 0.0
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int, is_rewritten: bool = False) -> Path:
         """Begin the checkpoint of a step; without `training.async_save` it is complete on return.
 
         At most one save is under way: the next one waits for it.
 
         Args:
             step: steps done.
+            is_rewritten: the state was loaded and not trained: `latest` stays where it is if that is a later step.
 
         Returns:
             the folder that the checkpoint has or will have.
@@ -133,23 +155,22 @@ class Saver:
             target = step_folder(checkpoints_folder(self.run.training), step)
             partial = together(target, lambda: _prepare(target, needed))[0]
             assert partial is not None  # the first rank's
-            with _written(target, partial):
+            with _written(target, partial), helpers_spared():
                 request = dist_checkpointing.save(tree, str(partial), async_sharded_save=True)
                 assert isinstance(request, AsyncRequest)
                 has_writer = request.async_fn is not None
-                self.pending = _Save(step, kind, target, partial, known, start, has_writer)
-                self._write(self.pending, request)
+                left_out = tuple(self.left_out)
+                self.pending = _Save(step, kind, target, partial, known, left_out, start, has_writer, is_rewritten)
+                self._start_writer(self.pending, request)
+        if not self.run.training.async_save:
+            self.finish()
         return target
 
-    def _write(self, save: _Save, request: AsyncRequest) -> None:
-        """Start the writer, or write."""
+    def _start_writer(self, save: _Save, request: AsyncRequest) -> None:
         if request.async_fn is not None:
             request = request._replace(async_fn=_WriteAndHash(request.async_fn, save.partial, dist.get_rank()))
         request.finalize_fns.append(self._publish)
-        if self.run.training.async_save:
-            together(save.target, lambda: self.queue.schedule_async_request(request))
-        else:
-            request.execute_sync()
+        together(save.target, lambda: self.queue.schedule_async_request(request))
 
     def poll(self) -> None:
         """Publish the save that is under way if all ranks have written it."""
@@ -197,10 +218,12 @@ class Saver:
                 self.data,
                 save.known,
                 optimizer=save.kind,
+                left_out=save.left_out,
             )
             manifest.write(save.partial, digests)
             publish(save.partial, save.target)
-            write_text(root / LATEST_FILE, save.target.name + "\n")
+            if not (save.is_rewritten and (latest_step(root) or 0) > save.step):
+                write_text(root / LATEST_FILE, save.target.name + "\n")
             remove_old(root, save.step, self.run.training)
 
         together(save.target, publish_it if rank == 0 else lambda: None)
@@ -210,6 +233,21 @@ class Saver:
             stall = self.pending_stall + now - self.since
             logger.info("saved %s in %.2f s, of which training waited %.2f s", save.target, self.seconds, stall)
         self.pending = None
+
+
+@contextmanager
+def helpers_spared() -> Iterator[None]:
+    """Processes that are started meanwhile never see SIGTERM and SIGUSR1; this one does, if need be later.
+
+    megatron-core starts one for the results of writers and keeps it for all saves.  A scheduler that tells a run to
+    stop signals every process of it, and without that one the save that the run stops with would fail.
+    """
+    resource_tracker.ensure_running()  # or else it starts with the first of them, and unblocks SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _WriteAndHash:
@@ -225,9 +263,26 @@ class _WriteAndHash:
         self.write, self.folder, self.rank = write, folder, rank
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
+        threading.Thread(target=_end_with_a_killed_child, daemon=True).start()
         self.write(*arguments, **named)
         mine = [name for name in written_by(self.folder, self.rank) if name.startswith(f"__{self.rank}_")]
         write_text(_note(self.folder, self.rank), json.dumps(digests_of(self.folder, mine)))
+
+
+def _end_with_a_killed_child() -> None:
+    """End this writer when a process that writes for it was killed: megatron-core 0.16.1 waits for it without end."""
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        for child in psutil.Process().children():
+            try:  # the child stays for megatron-core to reap
+                found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # reaped meanwhile
+                continue
+            if found is not None and found.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                ended = f"process {child.pid} was ended by signal {found.si_status}"
+                sys.stderr.write(f"writer of a checkpoint: {ended}; is memory short?\n")
+                sys.stderr.flush()
+                os._exit(1)
 
 
 def _note(folder: Path, rank: int) -> Path:
@@ -242,7 +297,10 @@ def _digests_of_rank(folder: Path, rank: int, has_writer: bool) -> dict[str, str
         note = _note(folder, rank)
         found = json.loads(note.read_text(encoding="utf-8"))
         note.unlink()
-    return found | digests_of(folder, [name for name in written_by(folder, rank) if name not in found])
+    rest = [name for name in written_by(folder, rank) if name not in found]
+    for name in rest:  # megatron-core brings only tensors to the disk
+        sync(folder / name)
+    return found | digests_of(folder, rest)
 
 
 def _prepare(target: Path, needed: int) -> Path | None:
@@ -295,4 +353,6 @@ def _give_up(partial: Path) -> None:
 
 def _with_room(cause: str, target: Path) -> str:
     """A cause, with the room on the disk: torch's own words for a full one are about positions in a file."""
+    if "results_queue should not be empty" in cause:  # megatron-core's words for a writer that left nothing
+        cause = "the writer of it ended before it was done"
     return f"{cause} ({shutil.disk_usage(target.parent).free} bytes are free there)"

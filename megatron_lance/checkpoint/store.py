@@ -62,7 +62,7 @@ class PendingWeights:
 
 @torch.no_grad()
 def load(checkpoint: Checkpoint, state: TrainingState) -> None:
-    """Fill a rank's freshly built training state; a collective of the world.
+    """Fill a rank's training state, freshly built or trained; a collective of the world.
 
     Learning rate and the like are the run's own, whatever the checkpoint was trained with.
 
@@ -75,7 +75,7 @@ def load(checkpoint: Checkpoint, state: TrainingState) -> None:
     for name, chunk in _named(state.chunks):
         chunk.module.load_state_dict(loaded[name])
     load_optimizer(state.optimizer, loaded["optimizer"])
-    state.scheduler.step(increment=loaded["scheduler"]["num_steps"])
+    state.scheduler.step(increment=loaded["scheduler"]["num_steps"] - state.scheduler.num_steps)
 
 
 def check_model(checkpoint: Checkpoint, model: ModelConfig) -> None:

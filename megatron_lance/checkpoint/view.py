@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from tqdm import tqdm
 
 from megatron_lance.checkpoint.hf_lance import POSITION_KEY, VIT_PREFIX, bindings, public_shapes
-from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, names_checkpoint
+from megatron_lance.checkpoint.manifest import Checkpoint, check_digests, checkpoint_at, names_checkpoint
 from megatron_lance.checkpoint.public_files import Shape, Stream, TensorFolder, TensorSpec
 from megatron_lance.checkpoint.tensors import EMA_PREFIX, ModelTensors
 from megatron_lance.config.loader import from_dict
@@ -55,7 +56,7 @@ class CheckpointView:
     ) -> None:
         self.run: RunConfig = from_dict(checkpoint.manifest.config, f"checkpoint '{checkpoint.folder}'")
         self.model: ModelConfig = self.run.model
-        self.tensors = ModelTensors(checkpoint.folder, EMA_PREFIX if ema else "")
+        self.tensors = ModelTensors(checkpoint.folder, EMA_PREFIX if ema else "", self.run.training.freeze)
         self.frames = frames or self.model.latent_position_frames
         own_vit = checkpoint.folder / VIT_FOLDER
         folder = vit or (own_vit if own_vit.is_dir() else None)
@@ -79,16 +80,26 @@ class CheckpointView:
             return self.vit.get(key.removeprefix(VIT_PREFIX))
         name = self._owner[key]
         if self._held[0] != name:
-            self._held = name, self._bindings[name].public([self.tensors.get(name)])
+            self._held = "", {}  # let go of one parameter before the next is read
+            self._held = name, self._public(name)
         return self._held[1][key]
 
+    def _public(self, name: str) -> dict[str, torch.Tensor]:
+        """The public tensors of a parameter."""
+        binding = self._bindings[name]
+        return dict(zip(binding.keys, binding.split(self.tensors.get(name)), strict=True))
+
     def stream(self) -> Stream:
-        """Every tensor in the order of `specs`; no more than one parameter is in memory."""
+        """Every tensor in the order of `specs`.
+
+        In memory is no more than a parameter, a chunk of it as stored and, of query, key and value, a copy.  What is
+        one public tensor, as the largest are, the embeddings and the LM head, is in memory once, in all its pieces.
+        """
         for name, binding in self._bindings.items():
             if len(binding.keys) == 1:
                 yield binding.keys[0], self.tensors.pieces(name)
             else:
-                yield from ((key, [part]) for key, part in binding.public([self.tensors.get(name)]).items())
+                yield from ((key, [part]) for key, part in self._public(name).items())
         yield POSITION_KEY, position_table(self.model, self.frames)
         for key in self.vit.specs if self.vit is not None else ():
             yield VIT_PREFIX + key, self._vit_pieces(key)
@@ -107,13 +118,34 @@ def position_table(model: ModelConfig, frames: int) -> Iterator[torch.Tensor]:
         yield rows(torch.cat([torch.full((size * size, 1), frame), plane], dim=1))
 
 
-def open_public(path: Path) -> PublicTensors:
-    """A folder in the public layout, a checkpoint, or the folder of a run.
+def sound_at(path: Path, progress: bool = False) -> Checkpoint:
+    """The checkpoint in a folder, or the latest of a run's folder, its files held against their digests.
+
+    Args:
+        path: of the folder.
+        progress: draw a progress bar on stderr.
 
     Raises:
-        UserError: if it is none of them.
+        StoreError: if there is none, or it is incomplete or damaged.
     """
-    return CheckpointView(checkpoint_at(path)) if names_checkpoint(path) else TensorFolder(path)
+    checkpoint = checkpoint_at(path)
+    size = sum(checkpoint.manifest.files.values())
+    with tqdm(desc="check", unit="B", unit_scale=True, total=size, disable=not progress) as bar:
+        check_digests(checkpoint, bar.update)
+    return checkpoint
+
+
+def open_public(path: Path, progress: bool = False) -> PublicTensors:
+    """A folder in the public layout, a checkpoint, or the folder of a run.
+
+    Args:
+        path: of the folder.
+        progress: draw a progress bar on stderr while a checkpoint's files are held against their digests.
+
+    Raises:
+        UserError: if it is none of them, or a checkpoint that is damaged.
+    """
+    return CheckpointView(sound_at(path, progress)) if names_checkpoint(path) else TensorFolder(path)
 
 
 def differences(a: PublicTensors, b: PublicTensors, keys: Iterable[str]) -> Iterator[str]:

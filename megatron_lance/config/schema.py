@@ -109,20 +109,30 @@ class DataConfig:
     epochs: int = 1  # passes over the mixture that prepack plans; training wraps round behind them
     tokenizer: str = ""  # folder with tokenizer.json
     seq_length: int = 50000  # tokens, capacity of a pack (the recipes' max)
+    max_sample_length: int | None = None  # tokens; longer rows are unusable; null: seq_length
     balance_replicas: int | None = None  # data-parallel size whose cost packs even out; null: half the global batch
     length_bands: int = 1  # 1: all steps alike; k: each step from one of k bands of length, packs in it more alike
     planning_window: int = 384  # packs that are formed at a time
     validation_fraction: float = 0.0  # share of rows, by a hash of their sample id, that training never sees
     vae_resolution: int = 640  # pixels; bucket area is its square
     vit_resolution: int = 616  # pixels
+    vae_sides: tuple[int, ...] = ()  # pixels, (least short side, greatest long side) of VAE sizes; empty: any bucket
+    vit_sides: tuple[int, ...] = ()  # pixels, as vae_sides, of ViT sizes, which are multiples of 28
     target_fps: float = 12.0  # frames per second
     max_seconds_generation: float = 6.0  # seconds, generation and editing
     max_seconds_understanding: float = 2.0  # seconds
     frame_sampling: str = "release"  # release (whole clip, compressed in time) | trim (its first max_seconds)
-    caption_dropout: float = 0.1  # probability, release scheme
-    condition_dropout: float = 0.1  # probability per condition image, ViT and VAE together
+    dropout_scheme: str = "release"  # release: caption and each condition by itself | paper: all, or the caption alone
+    caption_dropout: float = 0.1  # probability that the caption is left out; paper: it alone
+    condition_dropout: float = (
+        0.1  # probability, release: of each condition, ViT and VAE together; paper: of everything
+    )
     decode: str = "host"  # host (PyAV on a CPU) | mixed (NVDEC)
-    decode_threads: int = 2  # threads per rank
+    decode_threads: int = 2  # threads of every process that decodes
+    workers: int = 2  # processes per rank that read, tokenise and decode ahead; 0: none, steps are read when due
+    steps_ahead: int = 1  # steps that are read before they are due; their pixels wait in shared memory
+    encoding_cache: str = ""  # folder written by tools/encode_latents.py; what it lacks is encoded; empty: no cache
+    media_seconds: float = 30.0  # seconds that decoding a picture or clip may take in a worker; else it is broken
     prompts: PromptConfig = field(default_factory=PromptConfig)
 
 
@@ -134,6 +144,7 @@ class EncoderConfig:
     vae: str = "wan"  # wan (diffusers AutoencoderKLWan, Wan2.2) | block_transform (weight-free codec)
     vae_path: str = ""  # folder in the diffusers layout, or the public file Wan2.2_VAE.pth
     posterior: str = "mean"  # mean | sample
+    vae_tile: int = 0  # pixels, side of the tiles that samples are decoded in, a multiple of 64; 0: whole frames
     small_vit_hidden: int = 32  # channels of the small random ViT
     small_vit_depth: int = 2  # blocks of the small random ViT
     small_vit_heads: int = 2  # heads of the small random ViT
@@ -176,9 +187,18 @@ class TrainingConfig:
     seed: int = 1234
     precision: str = "bf16"  # float32 | bf16 (float32 main weights and gradients)
     init_from: str = ""  # folder in the public Lance layout, or a checkpoint; empty: random by (seed, parameter name)
+    freeze: tuple[str, ...] = ()  # weights left as they are, beside ViT and VAE: embeddings, head, und (the expert)
     run_dir: str = "runs/default"  # everything a run writes
     log_interval: int = 1  # steps
     max_nonfinite_steps: int = 3  # steps in a row whose loss or gradients may be not finite before the run ends
+    stop_after_minutes: float = 0.0  # minutes of this process, after which it saves and ends; 0: no limit
+    hang_seconds: float = 1800.0  # seconds without progress, after which a rank says where it stands and ends; 0: never
+    straggler_factor: float = 1.25  # of the replicas' median time from which a replica is named; 0: never
+    straggler_interval: int = 50  # steps over which that time is added up
+    spike_factor: float = 0.0  # of the median loss above which the run goes back to a checkpoint; 0: never
+    spike_steps: int = 3  # steps in a row with so high a loss
+    spike_window: int = 100  # steps the median is of
+    max_rewinds: int = 3  # times a process goes back before it ends
     save_interval: int = 0  # steps between checkpoints; 0: only at the end
     keep_last: int = 0  # newest checkpoints that are kept; 0: all
     keep_every: int = 0  # steps; checkpoints of its multiples are kept beside the newest; 0: none
@@ -193,17 +213,42 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class PreviewConfig:
-    """Pictures drawn during training for TensorBoard."""
+class ValidationConfig:
+    """Losses of rows that training never sees, at fixed noise and timesteps."""
 
-    captions: tuple[str, ...] = ()  # what to draw; empty: nothing
+    pack_index: str = ""  # folder written by tools/prepack.py --held-out; empty: no validation
     interval: int = 1000  # steps; also after the last step
-    height: int = 256  # pixels, a multiple of 16
-    width: int = 256  # pixels, a multiple of 16
+    packs: int = 64  # packs that are gone through, the first of the index; all where it has fewer
+    max_seconds: float = 600.0  # seconds; once they are over no further packs are begun
+    ema: bool = False  # measure the averaged weights
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Fixed prompts sampled during training for TensorBoard."""
+
+    prompts: str = ""  # JSONL of prompts, any tasks (megatron_lance/sampling/prompt_list.py); empty: nothing
+    interval: int = 1000  # steps; also after the last step
+    max_seconds: float = 600.0  # seconds; once they are over no further batch is begun
+    batch: int = 8  # prompts per forward pass
+    height: int = 256  # pixels, a multiple of 16; of lines that do not say it; an edit takes its source's
+    width: int = 256  # pixels, as height
+    frames: int = 17  # of clips, 4k+1; of lines that do not say it; an edit takes its source's
     steps: int = 30  # Euler steps
     shift: float = 3.5  # timestep shift of the sampler
-    scale: float = 4.0  # guidance scale
-    ema: bool = False  # draw with the averaged weights
+    scale: float = 4.0  # guidance scale on text
+    visual_scale: float = 1.0  # guidance scale on visual conditions
+    max_tokens: int = 64  # of an answer, which is greedy
+    ema: bool = False  # sample with the averaged weights
+
+
+@dataclass(frozen=True)
+class ProfilingConfig:
+    """What speed is measured against."""
+
+    peak_tflops: float | None = (
+        None  # 1e12 FLOP/s of a device in the run's precision; null: of its data sheet, if known
+    )
 
 
 @dataclass(frozen=True)
@@ -218,4 +263,6 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

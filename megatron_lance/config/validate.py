@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_lance.config.loader import ConfigError
-from megatron_lance.config.schema import DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megatron_lance.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PreviewConfig,
+    RunConfig,
+)
 
 TASKS = ("t2i", "t2v", "i2v", "i_edit", "v_edit", "s2i", "s2v", "i2t", "v2t", "t2t")
 
@@ -21,6 +28,7 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "ops.mape": ("auto", "fused", "reference"),
     "parallel.recompute_granularity": (None, "selective", "full"),
     "data.frame_sampling": ("release", "trim"),
+    "data.dropout_scheme": ("release", "paper"),
     "data.decode": ("host", "mixed"),
     "encoders.vae": ("wan", "block_transform"),
     "encoders.posterior": ("mean", "sample"),
@@ -37,18 +45,24 @@ _POSITIVE = (
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size "
     "parallel.recompute_num_layers parallel.region_alignment "
     "data.epochs data.seq_length data.length_bands data.planning_window data.target_fps data.max_seconds_generation "
-    "data.max_seconds_understanding data.decode_threads "
+    "data.max_seconds_understanding data.decode_threads data.steps_ahead data.media_seconds "
     "encoders.small_vit_hidden encoders.small_vit_depth encoders.small_vit_heads "
     "objective.timestep_shift optimizer.adam_eps "
-    "training.train_iters training.global_batch_size training.log_interval training.max_nonfinite_steps"
+    "training.train_iters training.global_batch_size training.log_interval training.max_nonfinite_steps "
+    "training.straggler_interval training.spike_steps training.spike_window "
+    "validation.interval validation.packs validation.max_seconds "
+    "preview.interval preview.max_seconds preview.batch preview.height preview.width preview.frames preview.steps "
+    "preview.shift preview.max_tokens"
 ).split()
 _NOT_NEGATIVE = (
     "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
-    "optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval "
-    "training.keep_last training.keep_every training.fully_reshardable_every"
+    "data.workers optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval "
+    "training.keep_last training.keep_every training.fully_reshardable_every training.stop_after_minutes "
+    "training.hang_seconds training.straggler_factor training.spike_factor training.max_rewinds"
 ).split()
 MAX_FUSED_CHANNELS = 256
 _RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
+FREEZE_SETS = ("embeddings", "head", "und")
 _PROBABILITIES = ("data.caption_dropout", "data.condition_dropout", "data.validation_fraction")
 
 
@@ -72,10 +86,16 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_tensor_split(config.model, config.parallel),
         *_video_length(config.data, config.model),
         *_sources(config.data),
+        *_sample_bounds(config.data),
+        *_dropout(config.data),
         *_balance(config.data, config.training.global_batch_size),
+        *_cache(config),
         *_small_vit(config),
         *_optimizer(config.optimizer, config.training.train_iters),
         *_average(config),
+        *_profiling(config),
+        *_freeze(config.training.freeze),
+        *_preview(config.preview),
     ]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -114,6 +134,10 @@ def _values(config: RunConfig) -> Iterator[str]:
     for field, least, cell in (("data.vae_resolution", 32, 16), ("data.vit_resolution", 37, 28)):
         if (value := _number(config, field)) < least:
             yield f"{field} = {value}: must be at least {least} for every bucket to hold a {cell}-pixel cell; raise it"
+    tile = config.encoders.vae_tile
+    if tile < 0 or tile % 64 or (tile and config.encoders.vae != "wan"):
+        rule = "must be a multiple of 64 pixels with encoders.vae=wan"
+        yield f"encoders.vae_tile = {tile}: {rule}; set 0 for whole frames"
     vpp = config.parallel.virtual_pipeline_model_parallel_size
     if vpp is not None and vpp < 2:
         yield f"parallel.virtual_pipeline_model_parallel_size = {vpp}: must be at least 2; set null for no interleaving"
@@ -272,6 +296,31 @@ def _sources(d: DataConfig) -> Iterator[str]:
         yield "data.sources: every weight is 0; give at least one source a positive weight"
 
 
+def _sample_bounds(d: DataConfig) -> Iterator[str]:
+    """Bounds of sizes and lengths."""
+    for name in ("vae_sides", "vit_sides"):
+        sides = getattr(d, name)
+        if sides and (len(sides) != 2 or not 0 < sides[0] <= sides[1]):
+            yield (
+                f"data.{name} = {list(sides)}: must be the least short side and the greatest long side in pixels, or "
+                "empty; correct it"
+            )
+    if d.max_sample_length is not None and not 0 < d.max_sample_length <= d.seq_length:
+        yield (
+            f"data.max_sample_length = {d.max_sample_length}: must be positive and not above data.seq_length "
+            f"{d.seq_length}; change it or set null"
+        )
+
+
+def _dropout(d: DataConfig) -> Iterator[str]:
+    """The paper's scheme drops all, or the caption alone: two events of which only one can happen."""
+    if d.dropout_scheme == "paper" and (total := d.caption_dropout + d.condition_dropout) > 1:
+        yield (
+            f"data.caption_dropout = {d.caption_dropout}: with data.condition_dropout {d.condition_dropout} is "
+            f"{total}, but data.dropout_scheme paper drops one or the other; lower one of them"
+        )
+
+
 def _balance(d: DataConfig, global_batch_size: int) -> Iterator[str]:
     """The data-parallel size that packs are balanced for."""
     replicas = d.balance_replicas
@@ -279,6 +328,15 @@ def _balance(d: DataConfig, global_batch_size: int) -> Iterator[str]:
         yield (
             f"data.balance_replicas = {replicas}: must divide training.global_batch_size {global_batch_size}; set the "
             "data-parallel size of the run, or null"
+        )
+
+
+def _cache(config: RunConfig) -> Iterator[str]:
+    """A cache holds one encoding per picture or clip."""
+    if config.data.encoding_cache and config.encoders.posterior != "mean":
+        yield (
+            f"data.encoding_cache = {config.data.encoding_cache}: holds means, but encoders.posterior = "
+            f"{config.encoders.posterior}; set encoders.posterior=mean or data.encoding_cache=''"
         )
 
 
@@ -297,8 +355,24 @@ def _average(config: RunConfig) -> Iterator[str]:
     decay = config.training.ema_decay
     if decay and not config.parallel.use_distributed_optimizer:
         yield f"training.ema_decay = {decay}: needs parallel.use_distributed_optimizer; set that true or this 0"
-    if config.preview.ema and not decay:
-        yield "preview.ema = True: needs averaged weights; set training.ema_decay, for example 0.9999, or this false"
+    for field in ("validation.ema", "preview.ema"):
+        if _get(config, field) and not decay:
+            yield f"{field} = True: needs averaged weights; set training.ema_decay, for example 0.9999, or this false"
+
+
+def _freeze(sets: Sequence[str]) -> Iterator[str]:
+    """Freeze sets must exist; the ViT and the VAE are always frozen and are not named."""
+    if any(name not in FREEZE_SETS for name in sets) or len(set(sets)) < len(sets):
+        yield f"training.freeze = {list(sets)}: must be some of {', '.join(FREEZE_SETS)}, each once; correct the list"
+
+
+def _preview(p: PreviewConfig) -> Iterator[str]:
+    """Sizes that have a latent grid."""
+    for name in ("height", "width"):
+        if (value := getattr(p, name)) % 16:
+            yield f"preview.{name} = {value}: must be a multiple of 16 pixels; change it"
+    if p.frames % 4 != 1:
+        yield f"preview.frames = {p.frames}: must be 4k+1; set for example 1, 5, 9 or 17"
 
 
 def _optimizer(o: OptimizerConfig, train_iters: int) -> Iterator[str]:
@@ -313,3 +387,10 @@ def _optimizer(o: OptimizerConfig, train_iters: int) -> Iterator[str]:
         )
     if o.min_lr > o.lr:
         yield f"optimizer.min_lr = {o.min_lr}: must not exceed optimizer.lr {o.lr}; lower it"
+
+
+def _profiling(config: RunConfig) -> Iterator[str]:
+    """The peak that speed is measured against."""
+    peak = config.profiling.peak_tflops
+    if peak is not None and not peak > 0:
+        yield f"profiling.peak_tflops = {peak}: must be positive; set 1e12 FLOP/s of a device, or null"

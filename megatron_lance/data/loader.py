@@ -20,9 +20,12 @@ from megatron_lance.data.records import RecordReader
 from megatron_lance.data.tasks import MediaItem, assemble, outline
 from megatron_lance.packing.batch import PackTokens
 
+CACHE_BYTES = 1 << 29
+"""Row groups that a process keeps, over all sources; a source keeps its last one, however large."""
+
 
 class PackReader:
-    """Reads packs of one index."""
+    """Reads packs of one index; a copy made by pickling opens files of its own."""
 
     def __init__(
         self,
@@ -49,12 +52,19 @@ class PackReader:
         if model is not None:
             tokenizer.check_fits(model.vocab_size)
         self._config, self._index, self._tokenizer = config, index, tokenizer
-        self._readers = {source.name: RecordReader(source) for source in config.sources}
+        share = CACHE_BYTES // max(1, len(config.sources))
+        self._readers = {source.name: RecordReader(source, share) for source in config.sources}
         files = {name: reader.files for name, reader in self._readers.items()}
+        seed = index.seed if seed is None else seed
         shaping = shaping_values(
-            config, files, tokenizer.sha256, index.seed if seed is None else seed, model or ModelConfig()
+            config, files, tokenizer.sha256, seed, model or ModelConfig(), held_out=index.for_validation
         )
         index.check(shaping if model is not None else {**shaping, "model": index.shaping["model"]})
+
+    @property
+    def retries(self) -> int:
+        """Reads of remote storage that were repeated so far."""
+        return sum(reader.retries for reader in self._readers.values())
 
     def tokens(self, number: int) -> PackTokens:
         """The token ids and labels of a pack, tokenised again from the records.

@@ -24,6 +24,7 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_IMAGE_BEGINS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
 """FFmpeg demuxers; playlists and the like are left out because they open further files."""
 
@@ -153,7 +154,9 @@ def _open_image(data: bytes) -> Image.Image | None:
         raise MediaError("no bytes: the media column is empty")
     try:
         return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError as error:
+        if begun := next((name for name, begin in _IMAGE_BEGINS.items() if data.startswith(begin)), None):
+            raise MediaError(f"unreadable {begun} image of {len(data)} bytes: its header is broken") from error
         return None
     except _IMAGE_ERRORS as error:
         raise MediaError(f"unreadable image: {error}") from error

@@ -8,12 +8,13 @@ is read).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from megatron_lance.data.facts import RowFacts
@@ -25,6 +26,7 @@ from megatron_lance.data.pack_index_format import (
     SAMPLES_FILE,
     SAMPLES_SCHEMA,
     VERSION,
+    VISUAL_KINDS,
     PackIndexError,
     PlannedRow,
     differences,
@@ -34,6 +36,7 @@ from megatron_lance.data.sample_plan import Place, Sizing, plan_sample
 from megatron_lance.data.tasks import Dropout, MediaItem
 from megatron_lance.packing.sample import Pack, Task
 
+_TOKEN_COLUMNS = ("tokens", *(f"{kind}_tokens" for kind in VISUAL_KINDS))
 RECENT_PACKS = 256
 """Packs kept as values; a step asks for each of its packs several times."""
 
@@ -67,6 +70,11 @@ class PlannedPack:
     def epochs(self) -> tuple[int, ...]:
         """Epoch of each sample; with the sample id the address of its randomness."""
         return tuple(row.epoch for row in self.rows)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Name of each sample's source."""
+        return tuple(row.source for row in self.rows)
 
     @property
     def ce_rows(self) -> int:
@@ -115,10 +123,13 @@ class PackIndex:
         hash: digest of it.
         capacity: tokens of a pack.
         counts: packs, samples, tokens, unusable rows, substituted samples.
+        for_validation: whether it was opened to validate on, see `open`.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any], packs: _Table, samples: _Table) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, header: Mapping[str, Any], packs: _Table, samples: _Table, for_validation: bool = False
+    ) -> None:
+        self.folder, self.for_validation = folder, for_validation
         self.shaping: dict[str, Any] = header["shaping"]
         self.hash: str = header["hash"]
         self.capacity: int = self.shaping["data"]["seq_length"]
@@ -130,17 +141,22 @@ class PackIndex:
         self._recent = lru_cache(maxsize=RECENT_PACKS)(self._read)
 
     @classmethod
-    def open(cls, folder: str | Path) -> PackIndex:
+    def open(cls, folder: str | Path, for_validation: bool = False) -> PackIndex:
         """Open an index.
+
+        Args:
+            folder: that holds it.
+            for_validation: errors name it as validation.pack_index, and `PackReader` wants held-out rows in it.
 
         Raises:
             PackIndexError: if there is none, it is damaged, or it has another version.
         """
         folder = Path(folder)
-        again = "run tools/prepack.py --force"
+        setting, program = _names(for_validation)
+        again = f"run {program} --force"
         if not (folder / INDEX_FILE).is_file():
             raise PackIndexError(
-                f"data.pack_index '{folder}': holds no {INDEX_FILE}; run tools/prepack.py or name the folder it wrote"
+                f"{setting} '{folder}': holds no {INDEX_FILE}; run {program} or name the folder it wrote"
             )
         try:
             header = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
@@ -148,15 +164,19 @@ class PackIndex:
             if version != VERSION:
                 remedy = "update this program or " if version > VERSION else ""
                 raise PackIndexError(
-                    f"data.pack_index '{folder}': has version {version}, this program reads {VERSION}; {remedy}{again}"
+                    f"{setting} '{folder}': has version {version}, this program reads {VERSION}; {remedy}{again}"
                 )
             packs, samples = _Table(folder / PACKS_FILE), _Table(folder / SAMPLES_FILE)
             damage = _damage(header, packs, samples)
         except (OSError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException, KeyError, TypeError) as error:
             damage = repr(error)
         if damage:
-            raise PackIndexError(f"data.pack_index '{folder}': is damaged ({damage}); {again}")
-        return cls(folder, header, packs, samples)
+            raise PackIndexError(f"{setting} '{folder}': is damaged ({damage}); {again}")
+        return cls(folder, header, packs, samples, for_validation)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy made by pickling maps the files anew."""
+        return PackIndex.open, (self.folder, self.for_validation)
 
     def __len__(self) -> int:
         """Planned packs."""
@@ -175,9 +195,10 @@ class PackIndex:
         plain = json.loads(json.dumps(shaping)) | {"global_batch_size": self.shaping["global_batch_size"]}
         differing = differences(self.shaping, plain)
         if differing:
+            setting, program = _names(self.for_validation)
             raise PackIndexError(
-                f"data.pack_index '{self.folder}': has hash {self.hash}, the run has {digest(plain)}; "
-                f"{'; '.join(differing)}; run tools/prepack.py --force or use the index's configuration"
+                f"{setting} '{self.folder}': has hash {self.hash}, the run has {digest(plain)}; "
+                f"{'; '.join(differing)}; run {program} --force or use the index's configuration"
             )
 
     def global_batch(self, step: int, global_batch_size: int) -> tuple[int, ...]:
@@ -205,6 +226,25 @@ class PackIndex:
         if number < 0:
             raise ValueError(f"pack {number}: numbers start at 0; correct the call")
         return self._recent(number)
+
+    def tokens_before(self, number: int) -> dict[str, int]:
+        """Tokens by kind (text, vit, clean, noise) of all packs below a number, from 0 and without an upper bound."""
+        lap, at = divmod(number, len(self))
+        batch, rows = divmod(at, BATCH)
+        sums = lap * self._token_sums[-1] + self._token_sums[batch]
+        if rows:
+            sums += self._packs.sums(batch, rows, _TOKEN_COLUMNS)
+        every, *visual = sums.tolist()
+        return {"text": every - sum(visual), **dict(zip(map(str, VISUAL_KINDS), visual, strict=True))}
+
+    @cached_property
+    def _token_sums(self) -> np.ndarray:
+        """Int64 [record batches + 1, columns]: sums of the record batches before each."""
+        return np.cumsum(
+            [np.zeros(len(_TOKEN_COLUMNS), np.int64)]
+            + [self._packs.sums(batch, BATCH, _TOKEN_COLUMNS) for batch in range(-(-len(self) // BATCH))],
+            axis=0,
+        )
 
     def _read(self, number: int) -> PlannedPack:
         lap, at = divmod(number, len(self))
@@ -252,6 +292,11 @@ class _Table:
         whole = self._file.num_record_batches - 1
         self.num_rows: int = whole * BATCH + self._batch(whole).num_rows if whole >= 0 else 0
 
+    def sums(self, batch: int, rows: int, names: Sequence[str]) -> np.ndarray:
+        """Int64 [names]: sums of columns over the first rows of a record batch."""
+        part = self._batch(batch).slice(0, rows)
+        return np.array([part.column(name).to_numpy().sum(dtype=np.int64) for name in names])
+
     def rows(self, start: int, count: int) -> list[dict[str, Any]]:
         """Rows [start, start + count) as dicts."""
         found: list[dict[str, Any]] = []
@@ -263,12 +308,20 @@ class _Table:
         return found
 
 
+def _names(for_validation: bool) -> tuple[str, str]:
+    """The setting that names an index, and the command that writes it."""
+    program = "tools/prepack.py"
+    return ("validation.pack_index", f"{program} --held-out") if for_validation else ("data.pack_index", program)
+
+
 def _sizing(shaping: Mapping[str, Any]) -> Sizing:
     """The sizes that an index was planned with."""
     names = [f.name for f in fields(Sizing) if not f.name.startswith("position_")]
     model = shaping["model"]
     bounds = {"position_frames": model["latent_position_frames"], "position_size": model["latent_position_size"]}
-    return Sizing(**{name: shaping["data"][name] for name in names}, **bounds)
+    read: dict[str, Any] = {name: shaping["data"][name] for name in names}
+    sides = {name: tuple(value) for name, value in read.items() if isinstance(value, list)}  # JSON has no tuples
+    return Sizing(**{**read, **sides, **bounds})
 
 
 def _damage(header: Mapping[str, Any], packs: _Table, samples: _Table) -> str:

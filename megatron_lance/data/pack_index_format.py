@@ -30,8 +30,9 @@ from megatron_lance.data.step_shape import token_cost
 from megatron_lance.data.tasks import Dropout, MediaItem
 from megatron_lance.packing.packer import mask_pairs
 from megatron_lance.packing.sample import Sample
+from megatron_lance.packing.segment import SegmentKind
 
-VERSION = 4
+VERSION = 5
 """Raised whenever the same configuration would give another index."""
 INDEX_FILE = "index.json"
 PACKS_FILE = "packs.arrow"
@@ -39,14 +40,21 @@ SAMPLES_FILE = "samples.arrow"
 UNUSABLE_FILE = "unusable.jsonl"
 BATCH = 1 << 16
 """Rows of a record batch of the two tables."""
-RUN_TIME = ("pack_index", "facts", "tokenizer", "decode", "decode_threads")
+RUN_TIME = (
+    *("pack_index", "facts", "tokenizer"),
+    *("decode", "decode_threads", "workers", "steps_ahead", "media_seconds", "encoding_cache"),
+)
 """Fields of the data section that do not shape an index."""
+
+VISUAL_KINDS = (SegmentKind.VIT, SegmentKind.CLEAN, SegmentKind.NOISE)
+"""Kinds of content whose tokens are counted for each pack; the rest is text, vision markers included."""
 
 _INT = pa.int32()
 PACKS_SCHEMA = pa.schema(
     [
         *[("start", pa.int64()), ("samples", _INT), ("tokens", _INT), ("mask_pairs", pa.int64())],
         *[("ce_rows", _INT), ("velocity_rows", _INT)],
+        *[(f"{kind}_tokens", _INT) for kind in VISUAL_KINDS],
     ]
 )
 SAMPLES_SCHEMA = pa.schema(
@@ -212,6 +220,10 @@ class IndexWriter:
                 "mask_pairs": sum(mask_pairs(sample.segments) for sample in samples),
                 "ce_rows": sum(sample.ce_rows for sample in samples),
                 "velocity_rows": sum(sample.velocity_rows for sample in samples),
+                **{
+                    f"{kind}_tokens": sum(s.content_length for each in samples for s in each.segments if s.kind is kind)
+                    for kind in VISUAL_KINDS
+                },
             }
         )
         self._samples += [self._values(row) for row, _ in pack]

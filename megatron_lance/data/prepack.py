@@ -29,6 +29,7 @@ from megatron_lance.data.pack_index_format import IndexRow, IndexWriter, check_t
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.records import DataSetError, RecordError, RecordReader
 from megatron_lance.data.sample_plan import Place, Sizing, plan_sample
+from megatron_lance.data.sizes import vae_size, vit_size
 from megatron_lance.data.step_shape import step_shape
 from megatron_lance.data.tasks import Dropout, draw_dropout
 from megatron_lance.packing.packer import mask_pairs
@@ -211,6 +212,11 @@ def _check_settings(config: DataConfig, held_out: bool) -> None:
         raise ConfigError("data.validation_fraction 0.0: holds no row out; set the share of rows to validate on")
     if config.frame_sampling not in ("release", "trim"):
         raise ConfigError(f"data.frame_sampling '{config.frame_sampling}': must be release or trim")
+    for name, size in (("vae", vae_size), ("vit", vit_size)):
+        try:
+            size(1, 1, getattr(config, f"{name}_resolution"), getattr(config, f"{name}_sides"))
+        except ValueError as error:
+            raise ConfigError(f"data.{name}_sides or data.{name}_resolution: {error}") from error
     for source in config.sources:
         if source.frame_conditions not in ("first", "first_last"):
             raise ConfigError(
@@ -302,11 +308,13 @@ class _Planner:
         row = IndexRow(facts, place, epoch, Dropout(), stands_for)
         of_row = (facts, place, row.sample_id, task, settings.frame_conditions, self._sizing)
         sample, _ = plan_sample(*of_row, Dropout())
-        if sample.length > config.seq_length:
-            raise RecordError(
-                f"{place.sample_id}: {sample.length} tokens exceed data.seq_length {config.seq_length}; raise it, or "
-                "lower data.vae_resolution, data.vit_resolution or data.max_seconds_generation"
-            )
+        for name in ("seq_length", "max_sample_length"):
+            limit = getattr(config, name)
+            if limit is not None and sample.length > limit:
+                raise RecordError(
+                    f"{place.sample_id}: {sample.length} tokens exceed data.{name} {limit}; raise it, or lower "
+                    "data.vae_resolution, data.vit_resolution or data.max_seconds_generation"
+                )
         dropout = draw_dropout(config, len(facts.media) - 1, row.sample_id, task, self._seed, epoch)
         if dropout == Dropout():
             return row, sample

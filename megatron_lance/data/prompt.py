@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -107,6 +108,7 @@ class Tokenizer:
         Raises:
             TokenizerError: if the file is absent, is not JSON, or lacks a special token.
         """
+        self._folder = folder
         path = Path(folder) / "tokenizer.json"
         if not str(folder) or not path.is_file():
             raise TokenizerError(
@@ -143,6 +145,10 @@ class Tokenizer:
         self.video_pad = self._ids[VIDEO_PAD]
         self.size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.sha256 = hashlib.sha256(content).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy made by pickling reads the file again: not all settings of the library's object survive."""
+        return Tokenizer, (self._folder,)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise TokenizerError unless every token has a row among the model's `vocab_size`."""

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
+from megatron_lance.data.remote import PatientReads, is_local
 from megatron_lance.packing.sample import Task
 
 INTERLEAVE = ("interleave_array", "element_dtype_array")
@@ -135,6 +136,13 @@ class _Lru:
         self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
         self._weight = 0
 
+    def drop(self, key: Any) -> None:
+        """Forget the value of `key`, if there is one."""
+        value, weight = self._values.pop(key, (None, 0))
+        self._weight -= weight
+        if value is not None and self._dispose is not None:
+            self._dispose(value)
+
     def get(self, key: Any, make: Callable[[], tuple[Any, int]]) -> Any:
         """The value of `key`; `make` gives (value, weight) where it is absent."""
         if key not in self._values:
@@ -151,6 +159,8 @@ class _Lru:
 
 class RecordReader:
     """Rows of one source by (file, row); holds a bounded cache of row groups, one column each.
+
+    Reads of remote storage are repeated where they fail.  A copy made by pickling opens files of its own.
 
     Attributes:
         files: sorted by name.
@@ -174,8 +184,28 @@ class RecordReader:
         self._schema = _FLAT_SCHEMAS.get(Task(source.task))
         self._fs, self.files = _list_files(source)
         self._by_name = {file.name: file for file in self.files}
+        self._cache_bytes = cache_bytes
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin with nothing open and nothing read."""
+        self._patiently = PatientReads()
         self._open = _Lru(_OPEN_FILES, dispose=lambda opened: opened[0].close(force=True))
-        self._columns = _Lru(cache_bytes)
+        self._columns = _Lru(self._cache_bytes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is open or cached."""
+        return {name: value for name, value in vars(self).items() if name not in ("_open", "_columns", "_patiently")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin with nothing open and nothing read."""
+        vars(self).update(state)
+        self._reset()
+
+    @property
+    def retries(self) -> int:
+        """Reads of remote storage that were repeated so far."""
+        return self._patiently.retries
 
     def row_count(self, file: str) -> int:
         """Rows of a file.
@@ -193,12 +223,16 @@ class RecordReader:
             DataSetError: if the file cannot be read.
         """
         self._parquet(file)  # a file that is none says so
-        try:
+
+        def read() -> str:
             with self._fs.open(self._by_name[file].path, "rb") as stream:
                 stream.seek(-8, 2)
                 length = int.from_bytes(stream.read(4), "little")
                 stream.seek(-8 - length, 2)
                 return hashlib.sha256(stream.read(length)).hexdigest()
+
+        try:
+            return str(self._read(self._fs, self._by_name[file].path, read))
         except OSError as error:
             raise _unreadable(self._by_name[file].path, error) from error
 
@@ -253,12 +287,16 @@ class RecordReader:
         """Bytes behind a path or URL; a relative path starts at the parquet's folder."""
         try:
             if "://" in reference:
-                with fsspec.open(reference, "rb") as stream:
-                    return bytes(stream.read())
-            path = posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
-            return bytes(self._fs.cat_file(path))
+                file_system, path = fsspec.core.url_to_fs(reference)
+            else:
+                file_system, path = self._fs, posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
+            return bytes(self._read(file_system, reference, lambda: file_system.cat_file(path)))
         except (OSError, ValueError, ImportError) as error:  # as in _list_files
             raise RecordError(f"{where}: '{reference}' cannot be read ({error}); check the path") from error
+
+    def _read(self, file_system: Any, name: str, read: Callable[[], Any]) -> Any:
+        """A read of a file system, repeated where that is remote and fails for a moment."""
+        return read() if is_local(file_system) else self._patiently(name, read)
 
     def _interleaved_record(self, file: str, row: int) -> Record:
         where = f"{self.source.name}/{file} row {row}"
@@ -308,19 +346,27 @@ class RecordReader:
 
     def _cell(self, file: str, row: int, column: str) -> Any:
         """The pyarrow scalar of a cell."""
-        parquet, starts = self._open_file(file)
+        starts = self._open_file(file)[1]
         if not 0 <= row < starts[-1]:
             raise RecordError(f"{self.source.name}/{file} row {row}: the file has {starts[-1]} rows")
         group = bisect_right(starts, row) - 1
 
-        def read() -> tuple[pa.ChunkedArray, int]:
+        def read() -> pa.ChunkedArray:
             try:
-                values = parquet.read_row_group(group, columns=[column]).column(0)
+                return self._open_file(file)[0].read_row_group(group, columns=[column]).column(0)
+            except OSError:
+                self._open.drop(file)  # a connection that failed is not used again
+                raise
+
+        def column_and_size() -> tuple[pa.ChunkedArray, int]:
+            path = self._by_name[file].path
+            try:
+                values = self._read(self._fs, path, read)
             except (pa.ArrowException, OSError) as error:
-                raise _unreadable(self._by_name[file].path, error) from error
+                raise _unreadable(path, error) from error
             return values, values.nbytes
 
-        return self._columns.get((file, group, column), read)[row - starts[group]]
+        return self._columns.get((file, group, column), column_and_size)[row - starts[group]]
 
     def _parquet(self, file: str) -> pq.ParquetFile:
         return self._open_file(file)[0]
@@ -335,7 +381,7 @@ class RecordReader:
 
         def open_file() -> tuple[tuple[pq.ParquetFile, list[int]], int]:
             try:
-                parquet = pq.ParquetFile(self._fs.open(path, "rb"))
+                parquet = self._read(self._fs, path, lambda: pq.ParquetFile(self._fs.open(path, "rb")))
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from error
             groups = range(parquet.metadata.num_row_groups)

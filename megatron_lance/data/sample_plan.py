@@ -14,7 +14,17 @@ from megatron_lance.config.schema import DataConfig, ModelConfig
 from megatron_lance.data.facts import MediaFact, RowFacts, TextFacts
 from megatron_lance.data.media import MediaInfo
 from megatron_lance.data.records import RecordError
-from megatron_lance.data.sizes import bucket_size, sample_frames, vae_grid, vae_size, vit_grid, vit_size
+from megatron_lance.data.sizes import (
+    VAE_STRIDE,
+    VIT_STRIDE,
+    Sides,
+    bucket_size,
+    sample_frames,
+    vae_grid,
+    vae_size,
+    vit_grid,
+    vit_size,
+)
 from megatron_lance.data.tasks import Dropout, MediaItem
 from megatron_lance.packing.sample import Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
@@ -26,6 +36,7 @@ class Sizing:
 
     Attributes:
         vae_resolution, vit_resolution: pixels.
+        vae_sides, vit_sides: bounds of sizes, pixels, see `sizes.Sides`.
         target_fps: frames per second.
         max_seconds_generation, max_seconds_understanding: seconds.
         frame_sampling: release or trim.
@@ -34,6 +45,8 @@ class Sizing:
 
     vae_resolution: int
     vit_resolution: int
+    vae_sides: Sides
+    vit_sides: Sides
     target_fps: float
     max_seconds_generation: float
     max_seconds_understanding: float
@@ -47,6 +60,8 @@ class Sizing:
         return cls(
             config.vae_resolution,
             config.vit_resolution,
+            config.vae_sides,
+            config.vit_sides,
             config.target_fps,
             config.max_seconds_generation,
             config.max_seconds_understanding,
@@ -168,10 +183,12 @@ def _shape(info: MediaInfo, kind: SegmentKind, task: Task, frame_conditions: str
         seconds = sizing.max_seconds_generation if task.is_generation else sizing.max_seconds_understanding
         frames = sample_frames(info.n_frames, info.average_fps, sizing.target_fps, seconds, sizing.frame_sampling)
     if kind is SegmentKind.VIT:
-        size = vit_size(info.width, info.height, sizing.vit_resolution)
+        of_picture = info.width, info.height, sizing.vit_resolution
+        size = vit_size(*of_picture, sizing.vit_sides)
         segment = Segment.visual(kind, vit_grid(len(frames), size))
-        return _Shape(segment, frames, bucket_size(info.width, info.height, sizing.vit_resolution), size)
-    size = vae_size(info.width, info.height, sizing.vae_resolution)
+        return _Shape(segment, frames, bucket_size(*of_picture, VIT_STRIDE, sizing.vit_sides), size)
+    of_picture = info.width, info.height, sizing.vae_resolution
+    size = vae_size(*of_picture, sizing.vae_sides)
     grid = vae_grid(len(frames), size)
     clean: tuple[int, ...] = ()
     if task is Task.I2V:
@@ -182,7 +199,7 @@ def _shape(info: MediaInfo, kind: SegmentKind, task: Task, frame_conditions: str
                 f"'{frame_conditions}'; use a longer clip"
             )
     _check_grid(grid, sizing)
-    bucket = bucket_size(info.width, info.height, sizing.vae_resolution)
+    bucket = bucket_size(*of_picture, VAE_STRIDE, sizing.vae_sides)
     return _Shape(Segment.visual(kind, grid, clean), frames, bucket, size)
 
 

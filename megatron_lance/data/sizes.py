@@ -26,6 +26,10 @@ VIT_FRAMES = 2
 """Frames per ViT patch."""
 
 
+Sides = tuple[int, ...]
+"""(least short side, greatest long side) in pixels that a size may have; empty: any."""
+
+
 def _round_to_stride(length: float) -> int:
     return round(length / BUCKET_STRIDE) * BUCKET_STRIDE
 
@@ -47,20 +51,37 @@ def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
     return tuple(_bucket(w / h, resolution * resolution) for w, h in ASPECT_RATIOS)
 
 
-def bucket_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+@lru_cache(maxsize=64)
+def _allowed(resolution: int, stride: int, sides: Sides) -> tuple[tuple[int, int], ...]:
+    """The buckets whose crop to `stride` keeps the bounds."""
+    if not sides:
+        return _buckets(resolution)
+    crops = [(bucket, _crop_to_stride(bucket, stride, resolution)) for bucket in _buckets(resolution)]
+    found = tuple(bucket for bucket, crop in crops if min(crop) >= sides[0] and max(crop) <= sides[1])
+    if not found:
+        sizes = ", ".join(f"{crop[0]}x{crop[1]}" for _, crop in crops)
+        raise ValueError(f"sides {list(sides)}: allow none of the sizes {sizes} of resolution {resolution}; widen them")
+    return found
+
+
+def bucket_size(
+    width: int, height: int, resolution: int, stride: int = BUCKET_STRIDE, sides: Sides = ()
+) -> tuple[int, int]:
     """(H, W) in pixels of the bucket whose ratio is closest to the picture's (spec/data.md section 3).
 
     Args:
         width: of the picture, pixels.
         height: of the picture, pixels.
         resolution: pixels; the bucket's area is close to its square.
+        stride: pixels; that it will be cropped to, for the bounds.
+        sides: bounds of the cropped size; a picture of a ratio that they exclude goes to the closest other one.
 
     Raises:
-        ValueError: if a side is not positive or the resolution is too small for a bucket.
+        ValueError: if a side is not positive, the resolution is too small for a bucket or the bounds exclude all.
     """
     if width < 1 or height < 1:
         raise ValueError(f"picture of {width}x{height}: both sides must be at least 1 pixel; drop the row")
-    return min(_buckets(resolution), key=lambda b: abs(width / height - b[1] / b[0]))
+    return min(_allowed(resolution, stride, sides), key=lambda b: abs(width / height - b[1] / b[0]))
 
 
 def _crop_to_stride(size: tuple[int, int], stride: int, resolution: int) -> tuple[int, int]:
@@ -73,14 +94,14 @@ def _crop_to_stride(size: tuple[int, int], stride: int, resolution: int) -> tupl
     return height, width
 
 
-def vae_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+def vae_size(width: int, height: int, resolution: int, sides: Sides = ()) -> tuple[int, int]:
     """(H, W) in pixels of the VAE input: the bucket, centre-cropped to a multiple of 16. Raises as bucket_size."""
-    return _crop_to_stride(bucket_size(width, height, resolution), VAE_STRIDE, resolution)
+    return _crop_to_stride(bucket_size(width, height, resolution, VAE_STRIDE, sides), VAE_STRIDE, resolution)
 
 
-def vit_size(width: int, height: int, resolution: int) -> tuple[int, int]:
+def vit_size(width: int, height: int, resolution: int, sides: Sides = ()) -> tuple[int, int]:
     """(H, W) in pixels of the ViT input: the bucket, centre-cropped to a multiple of 28. Raises as bucket_size."""
-    return _crop_to_stride(bucket_size(width, height, resolution), VIT_STRIDE, resolution)
+    return _crop_to_stride(bucket_size(width, height, resolution, VIT_STRIDE, sides), VIT_STRIDE, resolution)
 
 
 def crop_window(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -180,3 +180,52 @@ def stage_packs(stage: str, count: int, seed: int = 0) -> list[Pack]:
         if len(groups) > count + 16:  # those still open at the end are not full
             return [Pack(tuple(samples[i] for i in group), capacity) for group in groups[:count]]
         number *= 2
+
+
+def scaled(sample: Sample, factor: float) -> Sample:
+    """A sample of the same kind with about `factor` times the tokens, for models and machines that are small.
+
+    Texts become shorter and grids smaller along height and width; frames stay.
+
+    Args:
+        sample: of a stage.
+        factor: at most 1.
+    """
+    side = math.sqrt(factor)
+    answer = sum(stop - start for start, stop in sample.label_spans)
+    answer = max(1, round(answer * factor)) if answer else 0
+    segments = []
+    for segment in sample.segments:
+        if segment.grid is None:
+            segments.append(Segment.text(max(2, round(segment.length * factor))))
+        else:
+            t, h, w = segment.grid
+            grid = (t, max(1, round(h * side)), max(1, round(w * side)))
+            segments.append(Segment.visual(segment.kind, grid, segment.clean_frames))
+    if answer:
+        segments[-1] = Segment.text(max(segments[-1].length, answer + 1))
+    length = sum(segment.length for segment in segments)
+    labels = ((length - answer, length),) if answer else ()
+    return Sample(sample.sample_id, sample.task, tuple(segments), labels)
+
+
+def scaled_packs(stage: str, count: int, capacity: int, seed: int = 0) -> list[Pack]:
+    """Packs of a stage's mixture in a budget of tokens other than the recipe's: all samples shrink alike.
+
+    Args:
+        stage: a key of STAGES.
+        count: packs.
+        capacity: tokens of a pack; the recipe's own leaves samples as they are.
+        seed: of all draws.
+    """
+    factor = capacity / STAGES[stage].capacity
+    if factor >= 1:
+        return [Pack(pack.samples, capacity) for pack in stage_packs(stage, count, seed)]
+    number = 16 * count
+    while True:
+        drawn = (scaled(sample, factor) for sample in islice(stage_samples(stage, seed), number))
+        samples = [sample for sample in drawn if sample.length <= capacity]
+        groups = pack_lengths([s.length for s in samples], capacity)
+        if len(groups) > count + 16:  # those still open at the end are not full
+            return [Pack(tuple(samples[i] for i in group), capacity) for group in groups[:count]]
+        number *= 2

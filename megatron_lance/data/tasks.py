@@ -81,8 +81,11 @@ Outline = list[Piece | Block]
 def draw_dropout(config: DataConfig, conditions: int, sample_id: str, task: Task, seed: int, epoch: int) -> Dropout:
     """Condition dropout by addressed randomness (spec/model.md section 8); understanding drops nothing.
 
+    The release drops the caption and, independently, each condition.  The paper drops everything (caption and all
+    conditions) or the caption alone.  First and last frames of I2V lie in the target's segment and always stay.
+
     Args:
-        config: the two probabilities.
+        config: scheme and probabilities.
         conditions: media before the target.
         sample_id: the address.
         task: of the sample.
@@ -92,6 +95,11 @@ def draw_dropout(config: DataConfig, conditions: int, sample_id: str, task: Task
     if not task.is_generation:
         return Dropout()
     address = (sample_id, epoch)
+    if config.dropout_scheme == "paper":
+        drawn = uniform(seed, "dropout", *address)
+        if drawn < config.condition_dropout:
+            return Dropout(True, tuple(range(conditions)))
+        return Dropout(drawn < config.condition_dropout + config.caption_dropout)
     dropped = [
         k for k in range(conditions) if uniform(seed, "condition_dropout", *address, k) < config.condition_dropout
     ]

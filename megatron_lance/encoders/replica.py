@@ -1,25 +1,26 @@
-"""Decode and encode the media of a step, shared out over the ranks of a replica.
+"""Encode the media of some packs, shared out over the ranks of a replica.
 
-Station: pack -> decode -> encoders -> [encodings on every rank of the replica] -> noising.  Every rank knows all items
-from the pack index, takes its share by pixels, and gathers everyone's results once, before the schedule starts.  An
-item that cannot be decoded is named once in a replica, by the rank that met it first; its zeros and its flag travel
-with the others, so all ranks agree.
+Station: reading -> encoders -> [encodings on every rank of the replica] -> noising.  Every rank knows all items from
+the pack index, encodes its share by pixels, and gathers everyone's results once, before the schedule starts.  An item
+that could not be decoded is named once in a replica, by the rank that met it first; its zeros and its flag travel with
+the others, so all ranks agree.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
-from megatron_lance.data.decode import MediaDecoder
-from megatron_lance.data.loader import PackReader
+from megatron_lance.data.decode import MediaDecoder, ReadMedia
 from megatron_lance.data.pack_index import PlannedPack
-from megatron_lance.data.records import DataSetError, RecordError
+from megatron_lance.data.reading import Encoded, ReadItem
+from megatron_lance.data.shares import ItemKey, MediaJob, key_of, shared_jobs
 from megatron_lance.data.tasks import MediaItem
+from megatron_lance.encoders.items import ItemEncoders
 from megatron_lance.encoders.vae import VideoAutoencoder
 from megatron_lance.encoders.vit import VitEncoder
 from megatron_lance.packing.batch import PackVisuals
@@ -28,48 +29,11 @@ from megatron_lance.packing.segment import SegmentKind
 
 logger = logging.getLogger(__name__)
 
-DECODED_TOGETHER = 8
-"""Items decoded before they are encoded; bounds the pixels in memory."""
+FINISHED_TOGETHER = 8
+"""Items whose pixels are made before they are encoded; bounds the pixels in memory."""
 
 
-ItemKey = tuple[str, str, int, str]
-"""Source, file, row, element."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One media item of one pack: what to encode and the shape [rows, width] of the result."""
-
-    pack: PlannedPack
-    item: MediaItem
-    rows: int
-    width: int
-
-    @property
-    def pixels(self) -> int:
-        """The cost by which jobs are shared out."""
-        return len(self.item.frames) * self.item.size[0] * self.item.size[1]
-
-    @property
-    def key(self) -> ItemKey:
-        """Where the bytes are; jobs of several packs or encoders may share them."""
-        return self.item.source, self.item.file, self.item.row, self.item.element
-
-    @property
-    def size(self) -> int:
-        """Values in the exchange buffer: the validity flag and the encoding."""
-        return 1 + self.rows * self.width
-
-
-def share_out(costs: Sequence[int], ranks: int) -> list[int]:
-    """The rank of each job: the most expensive first, each to the rank with the least so far."""
-    load = [0] * ranks
-    owner = [0] * len(costs)
-    for job in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        owner[job] = rank
-        load[rank] += costs[job]
-    return owner
+_ReadItems = Mapping[tuple[int, MediaItem], ReadItem]
 
 
 class ReplicaEncoder:
@@ -79,7 +43,7 @@ class ReplicaEncoder:
         broken: cause of every item that this rank has named, by (source, file, row, element).
 
     Args:
-        decoder: of this rank.
+        decoder: of this rank; finishes what was read.
         vit: frozen.
         vae: frozen.
         group: the replica's ranks.
@@ -100,103 +64,95 @@ class ReplicaEncoder:
         seed: int,
     ) -> None:
         self.decoder, self.vit, self.vae, self.group = decoder, vit, vae, group
+        self.encoders = ItemEncoders(vit, vae)
         self.widths = {"vit": hidden_size, "vae": latent_channels}
         self.seed = seed
         self.broken: dict[ItemKey, str] = {}
-        self._named_elsewhere: set[ItemKey] = set()
+        self._named_elsewhere: dict[ItemKey, str] = {}
 
-    def _jobs(self, pack: PlannedPack) -> list[_Job]:
-        segments = (p.segment for p in pack.pack.placed_segments() if p.segment.is_visual)
-        return [
-            _Job(pack, item, segment.content_length, self.widths[item.encoder])
-            for item, segment in zip(pack.media, segments, strict=True)
-        ]
+    @property
+    def known(self) -> Mapping[ItemKey, str]:
+        """Cause by item, of all that this rank knows to be broken; they need not be read again."""
+        return ChainMap(self.broken, self._named_elsewhere)
+
+    def _size(self, job: MediaJob) -> int:
+        """Values in the exchange buffer: the validity flag and the encoding."""
+        return 1 + job.rows * self.widths[job.item.encoder]
 
     def _name(self, key: ItemKey, cause: str | None) -> None:
         """Take note of a broken item; report it if it is new and `cause` says that this rank met it."""
         if key in self.broken or key in self._named_elsewhere:
             return
         if cause is None:
-            self._named_elsewhere.add(key)
+            self._named_elsewhere[key] = "found broken by another rank"
             return
         self.broken[key] = cause
         logger.warning("broken media: source %s, file %s, row %d, %s: %s; its sample carries no loss", *key, cause)
 
-    def _pixels(self, jobs: Sequence[_Job], reader: PackReader) -> list[torch.Tensor | ValueError]:
-        """Decoded pixels [3, T, H, W] of each job, or why there are none."""
-        results: dict[int, torch.Tensor | ValueError] = {}
-        requests, places = [], []
-        for place, job in enumerate(jobs):
-            try:
-                requests += reader.requests(job.pack.number, [job.item])
-                places.append(place)
-            except (RecordError, DataSetError) as error:
-                results[place] = error
-        results |= dict(zip(places, self.decoder(requests), strict=True))
-        return [results[place] for place in range(len(jobs))]
-
-    def _encode(self, job: _Job, pixels: torch.Tensor) -> torch.Tensor:
-        """Encoding [rows, width] of one item, float32."""
-        if job.item.encoder == "vit":
-            return self.vit.encode([pixels])[0].float()
+    def _encode(self, job: MediaJob, pixels: torch.Tensor) -> torch.Tensor:
+        """Encoding [rows, width] of one item."""
         sample = job.pack.rows[job.item.sample_index]
         address = (sample.sample.sample_id, sample.epoch, job.item.segment_index)
-        latents = self.vae.encode(pixels, stream(self.seed, "posterior", *address))
-        return latents.reshape(-1, latents.shape[-1]).float()
+        return self.encoders.encode(job.item.encoder, pixels, stream(self.seed, "posterior", *address))
 
     def _own_buffer(
-        self, jobs: Sequence[_Job], reader: PackReader, size: int
+        self, jobs: Sequence[MediaJob], media: _ReadItems, size: int
     ) -> tuple[torch.Tensor, dict[ItemKey, str]]:
         """Flags and encodings of this rank's jobs, one after another, float32 [size]; causes of its broken ones."""
         buffer = torch.zeros(size)
         causes: dict[ItemKey, str] = {}
         at = 0
-        for job, pixels in self._decoded(jobs, reader):
-            if isinstance(pixels, ValueError):
-                causes[job.key] = str(pixels)
+        for job, result in self._encodings(jobs, media):
+            if isinstance(result, ValueError):
+                causes[key_of(job.item)] = str(result)
             else:
-                encoding = self._encode(job, pixels)
-                if encoding.shape != (job.rows, job.width):
-                    raise RuntimeError(
-                        f"{job.item}: encoded to {tuple(encoding.shape)}, planned {(job.rows, job.width)}"
-                    )
+                encoding = result.float()
+                shape = job.rows, self.widths[job.item.encoder]
+                if encoding.shape != shape:
+                    raise RuntimeError(f"{job.item}: encoded to {tuple(encoding.shape)}, planned {shape}")
                 buffer[at] = 1.0
-                buffer[at + 1 : at + job.size] = encoding.reshape(-1).cpu()
-            at += job.size
+                buffer[at + 1 : at + self._size(job)] = encoding.reshape(-1).cpu()
+            at += self._size(job)
         return buffer, causes
 
-    def _decoded(self, jobs: Sequence[_Job], reader: PackReader) -> Iterator[tuple[_Job, torch.Tensor | ValueError]]:
-        """Each job with its pixels or what is wrong with it; only the pixels of a few jobs are in memory at a time."""
-        for first in range(0, len(jobs), DECODED_TOGETHER):
-            part = jobs[first : first + DECODED_TOGETHER]
-            yield from zip(part, self._pixels(part, reader), strict=True)
+    def _encodings(
+        self, jobs: Sequence[MediaJob], media: _ReadItems
+    ) -> Iterator[tuple[MediaJob, torch.Tensor | ValueError]]:
+        """Each job with its encoding or what is wrong with it; only the pixels of a few jobs are made at a time."""
+        for first in range(0, len(jobs), FINISHED_TOGETHER):
+            part = [(job, media[job.address]) for job in jobs[first : first + FINISHED_TOGETHER]]
+            finished = iter(self.decoder.finish([one for _, one in part if isinstance(one, ReadMedia)]))
+            for job, one in part:
+                result = next(finished) if isinstance(one, ReadMedia) else one
+                if isinstance(result, torch.Tensor):
+                    result = self._encode(job, result)
+                yield job, result.data if isinstance(result, Encoded) else result
 
-    def encode(self, packs: Sequence[PlannedPack], reader: PackReader) -> list[PackVisuals]:
+    def encode(self, packs: Sequence[PlannedPack], media: _ReadItems) -> list[PackVisuals]:
         """Encodings of all packs, on every rank of the replica; a collective of the replica.
 
         Args:
             packs: the same on every rank.
-            reader: reads media bytes.
+            media: what this rank read for its share of them (`shares.rank_tasks`), by pack number and item.
 
         Returns:
             one per pack, on the CPU, float32.
         """
-        jobs = [job for pack in packs for job in self._jobs(pack)]
         ranks, own_rank = self.group.size(), self.group.rank()
-        owner = share_out([job.pixels for job in jobs], ranks)
-        totals = [sum(job.size for job, r in zip(jobs, owner, strict=True) if r == rank) for rank in range(ranks)]
-        own = [job for job, r in zip(jobs, owner, strict=True) if r == own_rank]
-        buffer, causes = self._own_buffer(own, reader, max(totals, default=0))
+        jobs = shared_jobs(packs, ranks)
+        totals = [sum(self._size(job) for job, r in jobs if r == rank) for rank in range(ranks)]
+        buffer, causes = self._own_buffer([job for job, r in jobs if r == own_rank], media, max(totals, default=0))
         buffers = _gather(buffer, self.group)
         cursors = [0] * ranks
         results = []
-        for job, rank in zip(jobs, owner, strict=True):
-            values = buffers[rank][cursors[rank] : cursors[rank] + job.size]
-            cursors[rank] += job.size
+        for job, rank in jobs:
+            values = buffers[rank][cursors[rank] : cursors[rank] + self._size(job)]
+            cursors[rank] += self._size(job)
             valid = bool(values[0])
-            results.append((valid, values[1:].reshape(job.rows, job.width)))
+            results.append((valid, values[1:].reshape(job.rows, -1)))
             if not valid:
-                self._name(job.key, causes[job.key] if rank == own_rank else None)
+                key = key_of(job.item)
+                self._name(key, causes[key] if rank == own_rank else None)
         found = iter(results)
         return [self._visuals(pack, [next(found) for _ in pack.media]) for pack in packs]
 

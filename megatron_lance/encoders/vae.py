@@ -102,14 +102,24 @@ def build_vae(config: EncoderConfig, latent_channels: int, seed: int) -> VideoAu
 class WanAutoencoder(torch.nn.Module):
     """diffusers' AutoencoderKLWan in the Wan2.2 configuration, frozen.
 
+    Clips go through latent frame by latent frame, with the causal cache of what was before, so memory does not grow
+    with their length and the result is that of the whole clip.  Tiles bound the memory of large frames in decoding;
+    there the result is another one, for a tile sees nothing beyond its edges.
+
     Not for use from two threads at once: the model keeps its causal cache in itself during a call.
+
+    Args:
+        vae: the model.
+        sample_posterior: encode to a sample of the posterior instead of its mean.
+        tile: pixels, side of the tiles that larger frames are decoded in, a multiple of 64; neighbours overlap by at
+            least a quarter and are blended there.  0: whole frames.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, sample_posterior: bool):
+    def __init__(self, vae: AutoencoderKLWan, sample_posterior: bool, tile: int = 0):
         super().__init__()
         self.vae = vae
         self.latent_channels = int(vae.config["z_dim"])
-        self.sample_posterior = sample_posterior
+        self.sample_posterior, self.tile = sample_posterior, tile
 
     @classmethod
     def build(cls, config: EncoderConfig, latent_channels: int, seed: int) -> WanAutoencoder:
@@ -123,7 +133,7 @@ class WanAutoencoder(torch.nn.Module):
             load_public_wan(vae, path)
         else:
             load_parameters(vae, path)
-        return cls(vae, config.posterior == "sample")
+        return cls(vae, config.posterior == "sample", config.vae_tile)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor, generator: np.random.Generator | None = None) -> torch.Tensor:
@@ -161,8 +171,28 @@ class WanAutoencoder(torch.nn.Module):
         weight = self._weight()
         mean, std = self._statistics(weight.device)
         raw = (latents.to(weight.device, torch.float32) * std + mean).permute(3, 0, 1, 2)  # -> [C, t, h, w]
-        pixels: torch.Tensor = self.vae.decode(raw.unsqueeze(0).to(weight)).sample
+        raw = raw.unsqueeze(0).to(weight)
+        if self.tile and max(latents.shape[1:3]) * SPATIAL > self.tile:
+            return self._decode_tiles(raw)
+        pixels: torch.Tensor = self.vae.decode(raw).sample
         return pixels[0].float()
+
+    def _decode_tiles(self, raw: torch.Tensor) -> torch.Tensor:
+        """Decode [1, C, t, h, w] in tiles; where they overlap, their mean weighted by the distance from their edges."""
+        side = self.tile // SPATIAL
+        frames, height, width = raw.shape[2:]
+        sums = torch.zeros(3, (frames - 1) * TEMPORAL + 1, height * SPATIAL, width * SPATIAL, device=raw.device)
+        weights = torch.zeros(height * SPATIAL, width * SPATIAL, device=raw.device)
+        for top, left in product(_tile_starts(height, side), _tile_starts(width, side)):
+            part = self.vae.decode(raw[..., top : top + side, left : left + side]).sample[0].float()
+            rows, columns = (
+                slice(s * SPATIAL, s * SPATIAL + n) for s, n in zip((top, left), part.shape[2:], strict=True)
+            )
+            weight = _tile_weight(top, side, height)[:, None] * _tile_weight(left, side, width)
+            weight = weight.to(raw.device)
+            sums[..., rows, columns] += part * weight
+            weights[rows, columns] += weight
+        return sums / weights
 
     def _weight(self) -> torch.Tensor:
         """A parameter, for its device and dtype."""
@@ -286,6 +316,21 @@ def check_latents(latents: torch.Tensor, channels: int) -> None:
     shape = tuple(latents.shape)
     if latents.dim() != 4 or shape[3] != channels or min(shape) < 1:
         raise ValueError(f"VAE latents of shape {shape}: must be [t, h, w, {channels}], none of them 0")
+
+
+def _tile_starts(length: int, side: int) -> list[int]:
+    """First cells of tiles of `side` cells that cover `length` cells and overlap by a quarter or more."""
+    last = max(length - side, 0)
+    return [*range(0, last, side * 3 // 4), last]
+
+
+def _tile_weight(start: int, side: int, length: int) -> torch.Tensor:
+    """Weight of each pixel of a tile along one axis, rising over a quarter of it from edges inside the frame."""
+    pixels, ramp = min(side, length) * SPATIAL, side * SPATIAL // 4
+    place = torch.arange(pixels) + 0.5
+    rising = place / ramp if start > 0 else torch.ones(pixels)
+    falling = (pixels - place) / ramp if start + side < length else torch.ones(pixels)
+    return torch.minimum(rising, falling).clamp(max=1.0)
 
 
 def _to_blocks(pixels: torch.Tensor, frames: int) -> torch.Tensor:

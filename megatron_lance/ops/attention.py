@@ -71,7 +71,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
         return q + 0.0 * (k.sum() + v.sum()).to(q.dtype)
     groups = q.shape[1] // k.shape[1]
     keys, values = _Pieces(k, plan), _Pieces(v, plan)
-    calls = list(_calls(plan))
+    calls = list(kernel_calls(plan))
     outputs = []
     for (n_q, key_ranges, causal), queries in zip(calls, q.split([call[0] for call in calls]), strict=True):
         n_k = sum(stop - start for start, stop in key_ranges)
@@ -82,7 +82,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
     return torch.cat(outputs)
 
 
-def _calls(plan: AttentionPlan) -> Iterator[tuple[int, tuple[Range, ...], bool]]:
+def kernel_calls(plan: AttentionPlan) -> Iterator[tuple[int, tuple[Range, ...], bool]]:
     """(queries, key ranges, causal) of each call.
 
     Neighbouring slices that see the same keys whole are one call, so that the many chunks of a visual segment on a

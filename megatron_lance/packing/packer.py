@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
 from megatron_lance.packing.segment import Segment, SegmentKind
 
@@ -89,9 +90,10 @@ def deal_packs(costs: Sequence[int], replicas: int) -> list[list[int]]:
         )
     room = len(costs) // replicas
     dealt: list[list[int]] = [[] for _ in range(replicas)]
-    load = [0] * replicas
+    open_replicas = [(0, replica) for replica in range(replicas)]  # a heap of (cost, replica) of those with room
     for pack in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        replica = min((r for r in range(replicas) if len(dealt[r]) < room), key=lambda r: (load[r], r))
+        load, replica = heappop(open_replicas)
         dealt[replica].append(pack)
-        load[replica] += costs[pack]
+        if len(dealt[replica]) < room:
+            heappush(open_replicas, (load + costs[pack], replica))
     return [sorted(packs) for packs in dealt]

@@ -7,6 +7,7 @@ communication.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -49,9 +50,11 @@ class RankBatch:
         ce_labels: int64 [k].
         ce_weights: float32 [k]; 0 for rows without loss.
         ce_tasks: int64 [k], number of the row's task in the order of Task.
+        ce_sources: int64 [k], number of the data source of the row's sample; 0 where samples have none.
         target: [g, C], velocity target.
         velocity_weights: float32 [g]; 0 for rows without loss.
         velocity_tasks: int64 [g], as ce_tasks; 0 for padding rows.
+        velocity_sources: int64 [g], as ce_sources; 0 for padding rows.
     """
 
     region_rows: tuple[int, int]
@@ -75,9 +78,11 @@ class RankBatch:
     ce_labels: torch.Tensor
     ce_weights: torch.Tensor
     ce_tasks: torch.Tensor
+    ce_sources: torch.Tensor
     target: torch.Tensor
     velocity_weights: torch.Tensor
     velocity_tasks: torch.Tensor
+    velocity_sources: torch.Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RankBatch:
         """The batch on a device; ViT output and latents that enter the model are cast to `dtype`."""
@@ -88,6 +93,11 @@ class RankBatch:
             if isinstance(getattr(self, f.name), torch.Tensor)
         }
         return replace(self, **moved)
+
+    def without_loss(self) -> RankBatch:
+        """The batch with all loss weights zero."""
+        weights = torch.zeros_like(self.ce_weights), torch.zeros_like(self.velocity_weights)
+        return replace(self, ce_weights=weights[0], velocity_weights=weights[1])
 
 
 def _content_index(pack: Pack, *kinds: SegmentKind) -> np.ndarray:
@@ -146,14 +156,15 @@ def _query_maps(layout: Layout, cp_rank: int) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value) for name, value in maps.items()}
 
 
-def _token_tasks(pack: Pack) -> np.ndarray:
-    """int64 [L]: number of each token's task in the order of Task."""
+def _token_origins(pack: Pack, sources: Sequence[int]) -> np.ndarray:
+    """int64 [2, L]: number of each token's task in the order of Task, and of its source."""
     numbers = {task: number for number, task in enumerate(Task)}
-    return np.repeat([numbers[sample.task] for sample in pack.samples], [sample.length for sample in pack.samples])
+    of_samples = np.array([[numbers[sample.task] for sample in pack.samples], sources or [0] * len(pack.samples)])
+    return np.repeat(of_samples, [sample.length for sample in pack.samples], axis=1)
 
 
 def _ce_part(
-    layout: Layout, cp_rank: int, tokens: PackTokens, keep: np.ndarray, tasks: np.ndarray
+    layout: Layout, cp_rank: int, tokens: PackTokens, keep: np.ndarray, origins: np.ndarray
 ) -> dict[str, torch.Tensor]:
     """CE rows on this cp rank; a dummy row of weight zero where there is none, so that the head always runs."""
     row_of = np.full(layout.length, PADDING, dtype=np.int64)
@@ -164,19 +175,21 @@ def _ce_part(
     here = np.flatnonzero(rows != PADDING)
     if not len(here):
         zero = torch.zeros(1, dtype=torch.int64)
-        return {"ce_rows": zero, "ce_labels": zero, "ce_weights": torch.zeros(1), "ce_tasks": zero}
+        numbers = dict.fromkeys(("ce_rows", "ce_labels", "ce_tasks", "ce_sources"), zero)
+        return {**numbers, "ce_weights": torch.zeros(1)}
     predicting = tokens.ce_rows.numpy()[here]
     weights = keep[predicting].astype(np.float32)
     return {
         "ce_rows": torch.from_numpy(rows[here]),
         "ce_labels": tokens.ce_labels[torch.from_numpy(here)],
         "ce_weights": torch.from_numpy(weights),
-        "ce_tasks": torch.from_numpy(tasks[predicting]),
+        "ce_tasks": torch.from_numpy(origins[0, predicting]),
+        "ce_sources": torch.from_numpy(origins[1, predicting]),
     }
 
 
 def _gen_part(
-    pack: Pack, shard: np.ndarray, visuals: PackVisuals, noise: PackNoise, keep: np.ndarray, tasks: np.ndarray
+    pack: Pack, shard: np.ndarray, visuals: PackVisuals, noise: PackNoise, keep: np.ndarray, origins: np.ndarray
 ) -> dict[str, torch.Tensor]:
     """Generation rows of one shard: x_t, timesteps, grid, target, weights (spec/model.md section 5)."""
     index = _of_tokens(_content_index(pack, *VAE_KINDS), shard)
@@ -195,7 +208,8 @@ def _gen_part(
         "gen_mask": torch.from_numpy(shard != PADDING)[:, None],
         "target": eps - latents,
         "velocity_weights": weights,
-        "velocity_tasks": torch.from_numpy(np.where(shard == PADDING, 0, tasks[np.maximum(shard, 0)])),
+        "velocity_tasks": torch.from_numpy(np.where(shard == PADDING, 0, origins[0, np.maximum(shard, 0)])),
+        "velocity_sources": torch.from_numpy(np.where(shard == PADDING, 0, origins[1, np.maximum(shard, 0)])),
     }
 
 
@@ -210,6 +224,7 @@ def rank_batch(
     mape_step: int,
     cp_rank: int,
     tp_rank: int,
+    sources: Sequence[int] = (),
 ) -> RankBatch:
     """What one rank needs of a pack.
 
@@ -223,6 +238,7 @@ def rank_batch(
         mape_step: temporal distance between modality groups.
         cp_rank: this rank's place among the context-parallel ranks.
         tp_rank: this rank's place among the tensor-parallel ranks.
+        sources: number of each sample's data source; empty where samples have none.
 
     Returns:
         the batch, on the CPU.
@@ -238,7 +254,7 @@ def rank_batch(
     positions = pack_positions(pack, mape, mape_step)
     vit_index = _of_tokens(_content_index(pack, SegmentKind.VIT), und_shard)
     vit_rows = np.flatnonzero(vit_index != PADDING)
-    keep, tasks = _loss_validity(pack, visuals.valid), _token_tasks(pack)
+    keep, origins = _loss_validity(pack, visuals.valid), _token_origins(pack, sources)
     return RankBatch(
         region_rows=(layout.und_rows, layout.gen_rows),
         shard_rows=layout.shard_rows,
@@ -249,6 +265,6 @@ def rank_batch(
         text_mask=torch.from_numpy((und_shard != PADDING) & (vit_index == PADDING))[:, None],
         vit_rows=torch.from_numpy(vit_rows),
         vit=visuals.vit[torch.from_numpy(vit_index[vit_rows])],
-        **_ce_part(layout, cp_rank, tokens, keep, tasks),
-        **_gen_part(pack, gen_shard, visuals, noise, keep, tasks),
+        **_ce_part(layout, cp_rank, tokens, keep, origins),
+        **_gen_part(pack, gen_shard, visuals, noise, keep, origins),
     )

@@ -108,7 +108,7 @@ def _sample(name: str, task: Task, *segments: Segment, answer: int = 0) -> Sampl
     return Sample(name, task, segments, ((length - answer, length),) if answer else ())
 
 
-def _all_tasks() -> list[list[Sample]]:
+def all_tasks() -> list[list[Sample]]:
     """Packs that together hold every task."""
     text = Segment.text
     vit, clean, noise = SegmentKind.VIT, SegmentKind.CLEAN, SegmentKind.NOISE
@@ -175,7 +175,7 @@ def _filled(samples: Sequence[Sample]) -> FilledPack:
 def global_batches() -> dict[str, list[FilledPack]]:
     """The two global batches of four packs that every layout trains on, in this order."""
     return {
-        "all tasks": [_filled(samples) for samples in _all_tasks()],
+        "all tasks": [_filled(samples) for samples in all_tasks()],
         "scarce": [_filled(samples) for samples in _scarce()],
     }
 

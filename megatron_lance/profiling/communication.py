@@ -101,16 +101,27 @@ class CollectiveCounter(TorchDispatchMode):
     ) -> Any:
         """Note a collective, then run it."""
         name = str(getattr(func, "_schema", func)).split("(")[0]
-        if name in _WHOLE_TENSOR:
-            whole = args[_WHOLE_TENSOR[name]]
+        if name in _COUNTED:
+            place, times = _COUNTED[name]
+            whole = args[place] if isinstance(args[place], (list, tuple)) else [args[place]]
             boxed = next(a for a in args if isinstance(a, torch.ScriptObject))
             group = torch.distributed.ProcessGroup.unbox(boxed)
-            size = whole.numel() * whole.element_size()
-            self.moved[group.group_name] += round(size * (group.size() - 1) / group.size())
-        elif name.startswith(("c10d::", "_c10d_functional::")):
+            size = sum(tensor.numel() * tensor.element_size() for tensor in whole)
+            share = (group.size() - 1) / group.size() if times else 1.0
+            self.moved[group.group_name] += round(size * share * max(times, 1))
+        elif name.startswith(("c10d::", "_c10d_functional::")) and name != "c10d::recv_":
             raise NotImplementedError(f"{name}: this collective is not counted")
         return func(*args, **(kwargs or {}))
 
 
-_WHOLE_TENSOR = {"c10d::_allgather_base_": 0, "c10d::_reduce_scatter_base_": 1}
-"""Counted collectives and which argument holds the rows of all ranks."""
+_COUNTED = {
+    "c10d::_allgather_base_": (0, 1),
+    "c10d::_reduce_scatter_base_": (1, 1),
+    "c10d::allgather_into_tensor_coalesced_": (0, 1),
+    "c10d::reduce_scatter_tensor_coalesced_": (1, 1),
+    "c10d::allreduce_": (0, 2),
+    "c10d::allreduce_coalesced_": (0, 2),
+    "c10d::send": (0, 0),
+}
+"""Counted collectives: which argument holds the rows of all ranks, and how often (n - 1) / n of it passes a rank; a
+send passes once, whole, and is not counted again where it is received."""

@@ -1,16 +1,22 @@
 """Parameters and memory of every rank, from the configuration alone.
 
-Station: configuration -> [estimate] -> --dry-run.  Parameters are exact (a test compares them with built models);
-activations are an estimate by the tensors that autograd keeps.
+Station: configuration -> [estimate] -> --dry-run, planner.  Parameters, gradients and optimizer state are exact but for
+the padding of buckets; activations are those that autograd keeps, and what backward needs at its peak.  Tests compare
+them with what built models hold, rank by rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_lance.checkpoint.hf_lance import bindings
-from megatron_lance.config.schema import RunConfig
+from megatron_lance.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_lance.model.freeze import is_frozen
+from megatron_lance.ops.attention import kernel_calls
 from megatron_lance.packing.layout import rows_per_rank
+from megatron_lance.parallel.dispatch import RankBatch
 
 GIB = 2**30
 
@@ -22,15 +28,17 @@ class RankMemory:
     Attributes:
         pp_rank: pipeline rank.
         parameters: parameters on the rank.
-        weight_bytes: of them in the training precision.
-        gradient_bytes: float32 gradient buffer.
+        trained: of them those that are not frozen.
+        weight_bytes: of all in the training precision.
+        gradient_bytes: float32 gradient buffer of the trained ones.
         optimizer_bytes: float32 main weights (bf16 only), two moments and the average of the weights (with
             training.ema_decay), sharded over replicas and context-parallel ranks with the distributed optimizer.
-        activation_bytes: estimate for the micro-batches in flight.
+        activation_bytes: peak of forward and backward, with logits and all micro-batches in flight.
     """
 
     pp_rank: int
     parameters: int
+    trained: int
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -47,10 +55,11 @@ class RankMemory:
             ("weights", self.weight_bytes),
             ("gradients", self.gradient_bytes),
             ("optimizer", self.optimizer_bytes),
-            ("activations (estimate)", self.activation_bytes),
+            ("activations", self.activation_bytes),
             ("total", self.total_bytes),
         )
-        return f"pp rank {self.pp_rank}: {self.parameters:,} parameters; " + ", ".join(
+        frozen = f" ({self.parameters - self.trained:,} frozen)" if self.trained < self.parameters else ""
+        return f"pp rank {self.pp_rank}: {self.parameters:,} parameters{frozen}; " + ", ".join(
             f"{name} {size / GIB:.3f} GiB" for name, size in parts
         )
 
@@ -65,13 +74,16 @@ def layers_of_stages(run: RunConfig) -> list[int]:
     return [given.get(rank, rest) for rank in range(pp)]
 
 
-def _parameters(run: RunConfig, tp: int) -> tuple[int, int, int]:
-    """Parameters per tp rank of (embedder, one layer, heads)."""
+@lru_cache(maxsize=64)
+def _parameters(model: ModelConfig, tp: int, without: tuple[str, ...] = ()) -> tuple[int, int, int]:
+    """Parameters per tp rank of (embedder, one layer, heads), but for those of the freeze sets `without`."""
     counts = {"embedder": 0, "decoder": 0, "heads": 0}
-    for name, binding in bindings(run.model).items():
+    for name, binding in bindings(model).items():
+        if is_frozen(name, without):
+            continue
         whole = sum(_size(shape) for shape in binding.shapes)
         counts[name.split(".")[0]] += whole if binding.shard_dim is None else whole // tp
-    return counts["embedder"], counts["decoder"] // run.model.num_layers, counts["heads"]
+    return counts["embedder"], counts["decoder"] // model.num_layers, counts["heads"]
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -81,55 +93,172 @@ def _size(shape: tuple[int, ...]) -> int:
     return size
 
 
-def layer_activation_bytes(run: RunConfig) -> int:
-    """Bytes autograd keeps of one layer and micro-batch on one rank without full recompute (estimate).
+@dataclass(frozen=True)
+class PackLoad:
+    """What of a pack memory depends on, beside its budget of tokens.
 
-    Sharded rows (R / tp) x hidden: block input, residual after attention, two norms of which each keeps its float32
-    input and its output: 2 * width + 2 * (4 + width).  Whole rows R, over tp: q, k and v before and after norm and
-    rotation with float32 copies: about (q + 2 kv) * (2 * width + 8); float32 k and v of all context-parallel ranks:
-    8 * kv * cp; attention output q * width; gate, up, silu(gate), product: 4 * ffn * width.  Selective recompute drops
-    the norms (layernorm), gate to product (mlp), and keeps k and v as they were gathered, width instead of 4
-    (core_attn).
+    Attributes:
+        ce_rows: rows of the LM head on one context-parallel rank.
+        copied_keys: keys that the slices of a context-parallel rank copy together, in tokens.
+        widest_region: share of the rows that the busier expert has.
+    """
+
+    ce_rows: int
+    copied_keys: int
+    widest_region: float
+
+    @classmethod
+    def usual(cls, run: RunConfig) -> PackLoad:
+        """Where no packs are at hand: one row in 32 predicts a label, every token is the key of two slices."""
+        cp, length = run.parallel.context_parallel_size, run.data.seq_length
+        return cls(ce_rows=-(-length // (32 * cp)), copied_keys=2 * length, widest_region=0.8)
+
+    @classmethod
+    def of(cls, batches: Iterable[RankBatch]) -> PackLoad:
+        """The most of some packs as a rank sees them."""
+        loads = [
+            cls(
+                len(batch.ce_rows),
+                sum(stop - start for _, keys, _ in kernel_calls(batch.plan) for start, stop in keys),
+                max(batch.region_rows) / sum(batch.region_rows),
+            )
+            for batch in batches
+        ]
+        return cls(
+            max(load.ce_rows for load in loads),
+            max(load.copied_keys for load in loads),
+            max(load.widest_region for load in loads),
+        )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Rows and widths of one rank: R rows of the cp rank, L tokens of the pack, w bytes per value; others over tp."""
+
+    rows: int
+    length: int
+    shard: int  # rows of the tp rank, R / tp
+    width: int
+    hidden: int
+    q: int
+    kv: int
+    qkv: int
+    heads: int
+    ffn: int
+    vocabulary: int
+    tp: int
+
+    @classmethod
+    def of(cls, run: RunConfig) -> _Sizes:
+        model, parallel = run.model, run.parallel
+        tp, cp, hn = parallel.tensor_model_parallel_size, parallel.context_parallel_size, model.kv_channels
+        rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
+        groups = max(model.num_query_groups // tp, 1)
+        return cls(
+            rows=rows,
+            length=run.data.seq_length,
+            shard=rows // tp,
+            width=4 if run.training.precision == "float32" else 2,
+            hidden=model.hidden_size,
+            q=model.num_attention_heads * hn // tp,
+            kv=groups * hn,
+            qkv=groups * (model.num_attention_heads // model.num_query_groups + 2) * hn,
+            heads=model.num_attention_heads // tp,
+            ffn=model.ffn_hidden_size // tp,
+            vocabulary=model.vocab_size // tp,
+            tp=tp,
+        )
+
+
+def layer_activation_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
+    """Bytes autograd keeps of one layer and micro-batch on one rank without full recompute.
+
+    Of the shard's rows, times hidden, for each of two norms: its float32 input, its output before and after the
+    weight: 4 + 2 w (recomputed: the input, w).  Of all rows: QKV before norm and rotation w (q + 2 kv), queries in pack
+    order and attention output, twice, 3 w q, log-sum-exp 4 per head, keys and values as each slice copies them 2 w kv
+    (float32 models keep those of all tokens beside them), gate and up, SiLU, up again, product: 5 w f.  The reference
+    of QK-norm and rotation keeps 2 w (q + 2 kv) more.  Recomputed attention keeps queries w q, output w q, gathered
+    keys and values of all tokens 2 w kv, and its own 2 w kv; a recomputed MLP nothing.
 
     Args:
         run: the whole configuration.
+        load: of its packs; None: usual ones.
     """
-    model, parallel = run.model, run.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    width = 4 if run.training.precision == "float32" else 2
-    rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
-    q = model.num_attention_heads * model.kv_channels // tp
-    kv = max(model.num_query_groups // tp, 1) * model.kv_channels
-    dropped = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    norms = 0 if "layernorm" in dropped else 2 * (4 + width)
-    mlp = 0 if "mlp" in dropped else 4 * (model.ffn_hidden_size // tp) * width
-    joined = 2 * kv * cp * (width if "core_attn" in dropped else 4)
-    sharded = model.hidden_size * (2 * width + norms) / tp
-    whole = (q + 2 * kv) * (2 * width + 8) + joined + q * width + mlp
-    return int(rows * (sharded + whole))
+    s, load = _Sizes.of(run), load or PackLoad.usual(run)
+    again = run.parallel.recompute_modules if run.parallel.recompute_granularity == "selective" else ()
+    w = s.width
+    norms = 2 * s.shard * s.hidden * (w if "layernorm" in again else 4 + 2 * w)
+    projected = s.rows * w * (s.qkv + (2 * (s.q + 2 * s.kv) if run.ops.mape == "reference" else 0))
+    if "core_attn" in again:
+        attention = s.rows * w * (2 * s.q + 2 * s.kv) + 2 * w * s.kv * s.length
+    else:
+        keys = 2 * w * s.kv * load.copied_keys + (2 * w * s.kv * s.length if w == 4 else 0)
+        attention = s.rows * (3 * w * s.q + 4 * s.heads) + keys
+    mlp = 0 if "mlp" in again else 5 * w * s.ffn * s.rows
+    return norms + projected + attention + mlp
 
 
-def _activations(run: RunConfig, layers: int, pp_rank: int, micro_batches: int) -> int:
-    """Bytes for the micro-batches in flight on a pipeline rank; with full recompute only layer inputs stay."""
-    parallel = run.parallel
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    in_flight = min(parallel.pipeline_model_parallel_size - pp_rank, micro_batches)
-    layer = layer_activation_bytes(run)
-    if parallel.recompute_granularity != "full":
-        return in_flight * layers * layer
-    width = 4 if run.training.precision == "float32" else 2
-    rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
-    inputs = -(-layers // parallel.recompute_num_layers) * rows * run.model.hidden_size * width // tp
-    return in_flight * inputs + parallel.recompute_num_layers * layer
+def _head_bytes(s: _Sizes, load: PackLoad) -> tuple[int, int]:
+    """(kept, more at the start of backward) of final norms, LM head and CE.
+
+    Kept: both norms; of CE rows the gathered input, logits before and after unused ids are masked, float32
+    probabilities.  More: the gradient of the logits and of the head's weight, or the norms' own gradients.
+    """
+    w, logits = s.width, load.ce_rows * s.vocabulary
+    kept = s.shard * s.hidden * (4 + 2 * w) + load.ce_rows * s.hidden * w + logits * (w + 4)
+    return kept, max(s.vocabulary * s.hidden * w + logits * w, s.shard * s.hidden * (8 + w))
 
 
-def memory_per_rank(run: RunConfig, world_size: int) -> list[RankMemory]:
+def _layer_backward_bytes(s: _Sizes, load: PackLoad) -> int:
+    """What the backward of a layer needs beside what is kept.
+
+    The MLP of the busier expert: gradients of product, gate and up, 3 w f, or of gate and up and over tp the gathered
+    input and its gradient; or attention: float32 gradients of all keys and values, in slices, joined, reduced.
+    """
+    region = int(s.rows * load.widest_region)
+    mlp = s.width * region * max(3 * s.ffn, 2 * s.ffn + (2 * s.hidden if s.tp > 1 else 0))
+    attention = 3 * s.rows * s.q * s.width + 3 * 8 * s.kv * s.length
+    return max(mlp, attention) + s.shard * s.hidden * s.width
+
+
+def _in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+    """Forward passes of a model chunk that wait for their backward at most, in 1F1B or interleaved 1F1B."""
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    ahead = pp - pp_rank if chunks == 1 else 2 * (pp - pp_rank - 1) + (chunks - 1) * pp + 1
+    return min(ahead, micro_batches * chunks)
+
+
+def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micro_batches: int) -> int:
+    """Peak bytes on a pipeline rank: at the start of a backward pass, or within that of a layer."""
+    parallel, s = run.parallel, _Sizes.of(run)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    chunk_layers = layers // chunks
+    layer = layer_activation_bytes(run, load)
+    full = parallel.recompute_granularity == "full"
+    modules = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+    if full:  # only the inputs of recomputed groups of layers stay
+        kept = -(-chunk_layers // parallel.recompute_num_layers) * s.shard * s.hidden * s.width
+        again = parallel.recompute_num_layers * layer
+    else:
+        kept = chunk_layers * layer
+        again = int(s.rows * load.widest_region) * 5 * s.width * s.ffn if "mlp" in modules else 0
+    waiting = _in_flight(parallel, pp_rank, micro_batches) * kept
+    within = waiting + again + _layer_backward_bytes(s, load)
+    if pp_rank != parallel.pipeline_model_parallel_size - 1:
+        return within
+    head, head_backward = _head_bytes(s, load)
+    return max(within, waiting + head + head_backward)
+
+
+def memory_per_rank(run: RunConfig, world_size: int, load: PackLoad | None = None) -> list[RankMemory]:
     """Parameters and memory of each pipeline rank.
 
     Args:
         run: the whole configuration, validated.
         world_size: processes of the run.
+        load: the heaviest of its packs; None: usual ones.
     """
+    load = load or PackLoad.usual(run)
     parallel = run.parallel
     tp, cp, pp = (
         parallel.tensor_model_parallel_size,
@@ -137,13 +266,17 @@ def memory_per_rank(run: RunConfig, world_size: int) -> list[RankMemory]:
         parallel.pipeline_model_parallel_size,
     )
     dp = world_size // (tp * cp * pp)
-    embedder, layer, heads = _parameters(run, tp)
     width = 4 if run.training.precision == "float32" else 2
     state = (8 if width == 4 else 12) + (4 if run.training.ema_decay else 0)
     shards = dp * cp if parallel.use_distributed_optimizer else 1
+    of_all, of_trained = _parameters(run.model, tp), _parameters(run.model, tp, tuple(run.training.freeze))
     result = []
     for pp_rank, layers in enumerate(layers_of_stages(run)):
-        count = layers * layer + (embedder if pp_rank == 0 else 0) + (heads if pp_rank == pp - 1 else 0)
-        activations = _activations(run, layers, pp_rank, run.training.global_batch_size // dp)
-        result.append(RankMemory(pp_rank, count, count * width, count * 4, count * state // shards, activations))
+        count, trained = (
+            layers * layer + (embedder if pp_rank == 0 else 0) + (heads if pp_rank == pp - 1 else 0)
+            for embedder, layer, heads in (of_all, of_trained)
+        )
+        activations = _activations(run, load, layers, pp_rank, run.training.global_batch_size // dp)
+        state_bytes = trained * state // shards
+        result.append(RankMemory(pp_rank, count, trained, count * width, trained * 4, state_bytes, activations))
     return result

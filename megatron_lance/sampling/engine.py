@@ -1,4 +1,4 @@
-"""Prompts in, pictures, clips and answers out; what the command line and training's previews share.
+"""Prompts in, pictures, clips and answers out.
 
 Station: prompts -> [requests -> sampler -> VAE decoder; questions -> text decoder] -> files, TensorBoard.
 """
@@ -60,6 +60,11 @@ class Engine:
         self.channels, self.fps = run.model.latent_channels, run.data.target_fps
         self.builder = RequestBuilder(run.data, tokenizer, encoders.decoder, encoders.vit, encoders.vae)
         self.velocity = ModelVelocity(passes, cached)
+
+    @torch.no_grad()
+    def check(self, prompt: Prompt) -> None:
+        """Raise PromptError unless the prompt can be sampled, its media read and encoded."""
+        self.builder.request(prompt) if prompt.task.is_generation else self.builder.question(prompt)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: SamplerSettings) -> list[Frames]:

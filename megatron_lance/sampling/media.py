@@ -54,6 +54,16 @@ def mp4_bytes(frames: Frames, fps: float, prompt: str = "") -> bytes:
     return buffer.getvalue()
 
 
+def gif_bytes(frames: Frames, fps: float) -> bytes:
+    """A clip as an animated GIF, which TensorBoard plays."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(
+        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=max(round(1000 / fps), 20), loop=0
+    )
+    return buffer.getvalue()
+
+
 def picture_grid(pictures: Sequence[Frames]) -> Frames:
     """Pictures of one size in a square grid, row by row: [1, n H, n W, 3] for up to n * n of them."""
     columns = math.ceil(math.sqrt(len(pictures)))

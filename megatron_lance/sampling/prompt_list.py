@@ -2,23 +2,38 @@
 
 Station: JSONL -> [lines] -> engine -> files.  A line is an object with a text (caption, prompt, prompt_en, instruction
 or question), for conditions the paths of media (media, image, images, input_image, video, first_frame, last_frame), and
-optionally task, size, frames, seed, turns (a list of further instructions).  Folder layouts are those that the
-benchmarks' own scoring programs read.
+optionally task, size, frames, seed, turns (a list of further instructions), candidates (options of a question).
+
+Folder layouts are those that the benchmarks' own scoring programs read, below OUT:
+    geneval  its metadata list; score OUT.
+    dpg      lines with id (its item_id); score OUT/images, whose pictures are grids of four, with the side of one as
+             resolution; sizes are square.
+    vbench   lines with prompt_en, which names the file, and maybe prompt or caption, which are sampled then; score
+             OUT/videos.  Its temporal flickering wants 25 copies.
+    gedit    lines with key, task_type, instruction_language and input_image; score OUT; its fullset has sources too.
+    mvbench  lines with question, candidates, answer, task_type and a whole video; OUT/choices.json has, as its notebook
+             collects them, what was said (pred) and the right option (gt).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_lance.config.schema import ModelConfig
+from megatron_lance.data.sizes import vae_grid
 from megatron_lance.packing.sample import Task
 from megatron_lance.sampling.requests import Prompt, PromptError
 
 TEXT_KEYS = ("caption", "prompt", "prompt_en", "instruction", "question")
+CHOOSE = "Answer with the letter of the best option."
+"""What a question with options ends with."""
+MAX_NAME = 255
+"""Bytes of a file's name."""
 MEDIA_KEYS = ("media", "images", "image", "input_image", "video", "first_frame", "last_frame")
 
 
@@ -32,6 +47,7 @@ class Layout:
         path: of a sample below the folder, a format of number, copy, suffix and the line's own fields.
         grid: whether the copies of a prompt become one picture.
         metadata: file beside the samples that repeats the line, a format like `path`; empty: none.
+        source: file beside the samples with the picture that is edited, a format like `path`; empty: none.
     """
 
     task: Task | None
@@ -39,14 +55,20 @@ class Layout:
     path: str
     grid: bool = False
     metadata: str = ""
+    source: str = ""
 
 
 LAYOUTS = {
     "flat": Layout(None, 1, "{number:04d}{copy_suffix}{suffix}"),
     "geneval": Layout(Task.T2I, 4, "{number:05d}/samples/{copy:05d}{suffix}", metadata="{number:05d}/metadata.jsonl"),
-    "dpg": Layout(Task.T2I, 4, "{id}{suffix}", grid=True),
-    "vbench": Layout(Task.T2V, 5, "{text}-{copy}{suffix}"),
-    "gedit": Layout(Task.I_EDIT, 1, "fullset/{task_type}/{instruction_language}/{key}{suffix}"),
+    "dpg": Layout(Task.T2I, 4, "images/{id}{suffix}", grid=True),
+    "vbench": Layout(Task.T2V, 5, "videos/{text}-{copy}{suffix}"),
+    "gedit": Layout(
+        Task.I_EDIT,
+        1,
+        "fullset/{task_type}/{instruction_language}/{key}{suffix}",
+        source="fullset/{task_type}/{instruction_language}/{key}_SRCIMG.png",
+    ),
     "mvbench": Layout(Task.V2T, 1, ""),
 }
 
@@ -80,21 +102,36 @@ class Line:
         name = f"line {self.number}" if turn == 0 else f"line {self.number} turn {turn}"
         return Prompt(name, self.task, self.texts[turn], media, self.size, self.frames)
 
+    def read_media(self) -> tuple[bytes, ...]:
+        """The files of its conditions."""
+        return tuple(path.read_bytes() for path in self.media)
+
     def path(self, layout: Layout, copy: int, suffix: str, copies: int) -> str:
         """The sample's place below the folder.
 
         Raises:
-            PromptError: if the line lacks a field that the layout names its file by.
+            PromptError: if the line lacks a field that the layout names its file by, or the name is too long.
         """
-        text = re.sub(r"[/\0]", "_", self.texts[0])
-        fields = {"id": f"{self.number:04d}", **self.row, "number": self.number, "copy": copy, "suffix": suffix}
-        fields |= {"text": text, "copy_suffix": f"_{copy}" if copies > 1 else ""}
+        return self.place(layout.path, copy=copy, suffix=suffix, copy_suffix=f"_{copy}" if copies > 1 else "")
+
+    def place(self, form: str, **fields: object) -> str:
+        """A place below the folder, from a format of the line's fields and others; raises PromptError as `path`."""
+        row = {"id": self.row["item_id"]} if "item_id" in self.row else {}
+        known = {**row, **self.row, "text": self.row.get("prompt_en", self.texts[0])}
+        plain = {key: re.sub(r"[/\0]", "_", value) if isinstance(value, str) else value for key, value in known.items()}
         try:
-            return layout.path.format(**fields)
+            name = form.format(**{**plain, "number": self.number, **fields})
         except KeyError as error:
             raise PromptError(
                 f"line {self.number + 1}: has no field {error}, which names its file; add it or choose --layout flat"
             ) from None
+        longest = max(len(part.encode()) for part in name.split("/"))
+        if longest > MAX_NAME:
+            raise PromptError(
+                f"line {self.number + 1}: the name of its file has {longest} bytes, file systems take {MAX_NAME}; "
+                "shorten the text or choose --layout flat"
+            )
+        return name
 
 
 @dataclass(frozen=True)
@@ -161,6 +198,8 @@ def parse_line(number: int, row: Any, folder: Path, defaults: Defaults, where: s
     text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), "")
     if not text and name not in (Task.I2T, Task.V2T):  # captioning has no question
         raise PromptError(f"{where}: has no text; give one of {', '.join(TEXT_KEYS)}")
+    if "candidates" in row:
+        text = _multiple_choice(text, row["candidates"], where)
     paths: list[Path] = []
     for key in MEDIA_KEYS:
         value = row.get(key, [])
@@ -176,22 +215,79 @@ def parse_line(number: int, row: Any, folder: Path, defaults: Defaults, where: s
     return Line(number, row, task, (text, *turns), tuple(paths), size, frames, int(row.get("seed", defaults.seed)))
 
 
-def read_list(path: Path, defaults: Defaults) -> list[Line]:
+def options_of(candidates: Sequence[str]) -> list[str]:
+    """Options of a multiple choice with their letters."""
+    return [f"({chr(ord('A') + number)}) {text}" for number, text in enumerate(candidates)]
+
+
+def _multiple_choice(question: str, candidates: Any, where: str) -> str:
+    """The question with its options.
+
+    Raises:
+        PromptError: unless they are a list of up to 26 texts.
+    """
+    if not isinstance(candidates, list) or not 1 < len(candidates) <= 26 or any(type(c) is not str for c in candidates):
+        raise PromptError(f"{where}: candidates {candidates!r}: must be a list of 2 to 26 texts")
+    return "\n".join([question, *options_of(candidates), CHOOSE])
+
+
+def check_places(lines: Sequence[Line], layout: Layout, copies: int) -> None:
+    """Look whether every sample has a place of its own.
+
+    Raises:
+        PromptError: naming the line that has none, or the two lines that share one.
+    """
+    owners: dict[str, int] = {}
+    for line in lines if layout.path else ():
+        if line.task.is_generation:
+            owner = owners.setdefault(line.path(layout, 0, "", copies), line.number)
+            if owner != line.number:
+                raise PromptError(
+                    f"lines {owner + 1} and {line.number + 1}: would be written to the same file; leave one out"
+                )
+
+
+def read_list(path: Path, defaults: Defaults, name: str) -> list[Line]:
     """All lines of a JSONL file.
+
+    Args:
+        path: of the file.
+        defaults: for what its lines do not say.
+        name: the setting that names it, and its path, for errors.
 
     Raises:
         PromptError: if the file is absent or empty, or naming the line that is wrong.
     """
     if not path.is_file():
-        raise PromptError(f"--prompts {path}: there is no such file; give a JSONL of prompts")
+        raise PromptError(f"{name}: there is no such file; give a JSONL of prompts")
     lines = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        where = f"--prompts {path} line {number + 1}"
+        where = f"{name} line {number + 1}"
         try:
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise PromptError(f"{where}: is not JSON ({error})") from None
         lines.append(parse_line(number, row, path.parent, defaults, where))
     if not lines:
-        raise PromptError(f"--prompts {path}: is empty; give one prompt a line")
+        raise PromptError(f"{name}: is empty; give one prompt a line")
     return lines
+
+
+def check_sizes(lines: Sequence[Line], model: ModelConfig) -> None:
+    """Hold the sizes that lines ask for against the model's position table.
+
+    Raises:
+        PromptError: naming the line whose target has no place in it.
+    """
+    side = model.latent_position_size
+    for line in lines:
+        if line.size is None:
+            continue
+        frames = 1 if line.task in (Task.T2I, Task.I_EDIT, Task.S2I) else line.frames or 1
+        cells = vae_grid(frames, line.size)
+        if (cells[0] - 1) * side**2 + (cells[1] - 1) * side + cells[2] > model.latent_position_frames * side**2:
+            raise PromptError(
+                f"line {line.number + 1}: latent grid {cells} of size {line.size[0]}x{line.size[1]} and "
+                f"{frames} frames exceeds the model's position table of {model.latent_position_frames} x "
+                f"{side} x {side}; choose a smaller size or fewer frames"
+            )

@@ -5,7 +5,7 @@ Station: a step's backward or update -> [tensors by public key] -> comparison wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ Public = dict[str, torch.Tensor]
 
 
 def public_gradients(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Gradients of all parameters by public key, from all stages; a collective of the whole world.
+    """Gradients of all trained parameters by public key, from all stages; a collective of the whole world.
 
     Args:
         trainee: after a backward pass; its optimizer must not be distributed, which keeps only shards of them.
@@ -28,7 +28,8 @@ def public_gradients(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Te
     Returns:
         float32 tensors on the CPU, on every rank.
     """
-    return _public(trainee, model, lambda parameter: parameter.main_grad)  # type: ignore[attr-defined]
+    trained = ((name, p) for name, p in global_parameters(trainee.stages) if p.requires_grad)
+    return _public(((name, p.main_grad) for name, p in trained), model)  # type: ignore[attr-defined]
 
 
 def public_weights(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -44,11 +45,10 @@ def public_weights(trainee: Trainee, model: ModelConfig) -> dict[str, torch.Tens
     for chunk in trainee.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
-    return _public(trainee, model, lambda parameter: parameter.detach())
+    return _public(((name, p.detach()) for name, p in global_parameters(trainee.stages)), model)
 
 
-def _public(trainee: Trainee, model: ModelConfig, of: Callable[[torch.nn.Parameter], torch.Tensor]) -> Public:
-    own = ((name, of(parameter)) for name, parameter in global_parameters(trainee.stages))
+def _public(own: Iterator[tuple[str, torch.Tensor]], model: ModelConfig) -> Public:
     group = parallel_state.get_tensor_model_parallel_group()
     public = {key: value.float().cpu() for key, value in gather_public(own, model, group)}
     stages: list[Public | None] = [None] * dist.get_world_size()

@@ -1,27 +1,79 @@
-"""Sample pictures during training, for TensorBoard.
+"""Sample fixed prompts of every task during training.
 
-Station: step -> [sampling engine on fixed captions] -> metrics.  All ranks of a replica take part; noise is fixed, so
-pictures of different steps are comparable.
+Station: step -> [sampling engine on a prompt list] -> metrics.  Noise is fixed, so samples of different steps are
+comparable; they are those of tools/sample.py with the same settings.  Replicas share the batches out.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from megatron_lance.config.schema import PreviewConfig, RunConfig
+import torch.distributed as dist
+
+from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.packing.sample import Task
 from megatron_lance.parallel.groups import Groups
+from megatron_lance.sampling.batches import HowToSample, batches, sample_batch
 from megatron_lance.sampling.engine import Encoders, Engine
 from megatron_lance.sampling.flow_sampler import SamplerSettings
 from megatron_lance.sampling.media import Frames
 from megatron_lance.sampling.passes import ModelPasses
-from megatron_lance.sampling.requests import Prompt
+from megatron_lance.sampling.prompt_list import Defaults, Line, check_sizes, read_list
+from megatron_lance.sampling.text_decoder import DecoderSettings
 from megatron_lance.training.setup import Trainee
+from megatron_lance.training.validation import is_time_up
+
+logger = logging.getLogger(__name__)
+
+Sampled = Frames | str
+"""A picture or clip, or an answer."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was sampled after a step; on the first rank.
+
+    Attributes:
+        step: steps done before it.
+        found: lines and their results, in the order of the list.
+        prompts: of the list; more than were sampled where the time was up.
+        fps: frames per second of clips.
+        averaged: whether the weights were the averaged ones.
+        seconds: that training stood still for it.
+    """
+
+    step: int
+    found: Sequence[tuple[Line, Sampled]]
+    prompts: int
+    fps: float
+    averaged: bool
+    seconds: float
+
+
+def read_prompts(run: RunConfig) -> list[Line]:
+    """The lines of `preview.prompts`; sizes that they do not say come from the section, but an edit's.
+
+    Raises:
+        PromptError: naming what is wrong with the list.
+    """
+    settings = run.preview
+    path = Path(settings.prompts)
+    lines = read_list(path, Defaults(None, None, None, run.training.seed), f"preview.prompts {path}")
+    size, frames = (settings.height, settings.width), settings.frames
+    sized = [
+        line if line.task.is_edit else replace(line, size=line.size or size, frames=line.frames or frames)
+        for line in lines
+    ]
+    check_sizes(sized, run.model)
+    return sized
 
 
 class Preview:
-    """Draws the configured captions with the weights of the moment.
+    """Samples the configured prompts with the weights of the moment.
 
     Args:
         run: the whole configuration.
@@ -29,23 +81,68 @@ class Preview:
         groups: degrees and ranks.
         tokenizer: of the run.
         encoders: the frozen parts.
+        lines: from `read_prompts`.
+
+    Raises:
+        PromptError: if the media of a line do not fit its task or cannot be read.
     """
 
     def __init__(
-        self, run: RunConfig, trainee: Trainee, groups: Groups, tokenizer: Tokenizer, encoders: Encoders
+        self,
+        run: RunConfig,
+        trainee: Trainee,
+        groups: Groups,
+        tokenizer: Tokenizer,
+        encoders: Encoders,
+        lines: Sequence[Line],
     ) -> None:
-        settings: PreviewConfig = run.preview
-        self.average = trainee.average if settings.ema else None
-        self.captions, self.seed = settings.captions, run.training.seed
+        settings = run.preview
+        self.settings, self.trainee, self.groups = settings, trainee, groups
         passes = ModelPasses(trainee.stages, run.model, groups, run.parallel.region_alignment)
         self.engine = Engine(run, passes, encoders, tokenizer)
-        self.sampler = SamplerSettings(settings.steps, settings.shift, settings.scale)
-        size = (settings.height, settings.width)
-        self.prompts = [
-            Prompt(f"preview {i}", Task.T2I, caption, (), size, 1) for i, caption in enumerate(settings.captions)
-        ]
+        self.how = HowToSample(
+            SamplerSettings(settings.steps, settings.shift, settings.scale, settings.visual_scale),
+            DecoderSettings(settings.max_tokens),
+            self.engine.velocity.mape,
+        )
+        self.lines = list(lines)
+        for line in self.lines:
+            self.engine.check(line.prompt(0, line.read_media()))
 
-    def draw(self) -> list[Frames]:
-        """One picture per caption, uint8 [1, H, W, 3]; a collective of the replica."""
-        with nullcontext() if self.average is None else self.average.applied():
-            return self.engine.generate(self.prompts, [self.seed] * len(self.prompts), self.sampler)
+    def sample(self, step: int, beat: Callable[[], None]) -> Samples:
+        """Sample all prompts, or as many as there is time for; a collective of the world.
+
+        Args:
+            step: steps done.
+            beat: called before each round of batches.
+        """
+        start, settings, replicas = time.perf_counter(), self.settings, self.groups.dp
+        work = list(batches([(line, 0) for line in self.lines], settings.batch))
+        found: dict[int, Sampled] = {}
+        with self.trainee.at_rest(averaged=settings.ema):
+            for first in range(0, len(work), replicas):
+                beat()
+                mine = work[first + self.groups.dp_rank :][:1]
+                found |= self._gather({line.number: r for batch in mine for line, r in self._results(batch)})
+                if is_time_up(start, settings.max_seconds, self.groups):
+                    break
+        done = [(line, found[line.number]) for line in self.lines if line.number in found]
+        if dist.get_rank() == 0 and len(done) < len(self.lines):
+            logger.warning(
+                "preview.max_seconds %s: over after %d of %d prompts", settings.max_seconds, len(done), len(self.lines)
+            )
+        seconds = time.perf_counter() - start
+        return Samples(step, done, len(self.lines), self.engine.fps, settings.ema, seconds)
+
+    def _results(self, batch: Sequence[tuple[Line, int]]) -> list[tuple[Line, Sampled]]:
+        results = sample_batch(self.engine, batch, self.how)
+        return [(line, result) for (line, _), result in zip(batch, results, strict=True)]
+
+    def _gather(self, found: dict[int, Sampled]) -> dict[int, Sampled]:
+        """The results of all replicas, on the first rank."""
+        if self.groups.dp == 1:
+            return found
+        first = dist.get_rank() == 0
+        gathered: list[dict[int, Sampled]] | None = [{}] * dist.get_world_size() if first else None
+        dist.gather_object(found if self.groups.replica.rank() == 0 else {}, gathered)
+        return {number: result for part in gathered or () for number, result in part.items()}

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lance.checkpoint import store
-from megatron_lance.checkpoint.everywhere import faults, sound
+from megatron_lance.checkpoint.everywhere import faults, first_ranks, sound
 from megatron_lance.checkpoint.hf_lance import WeightSource, with_rope_of
 from megatron_lance.checkpoint.manifest import (
     Checkpoint,
     DataIdentity,
     changed_settings,
     check_resumable,
+    checkpoint_before,
     checkpoints_folder,
     damage,
     find_checkpoint,
@@ -28,9 +32,11 @@ from megatron_lance.checkpoint.manifest import (
 from megatron_lance.checkpoint.optimizer_state import kind_of_save
 from megatron_lance.checkpoint.saver import Saver
 from megatron_lance.checkpoint.store import PendingWeights, TrainingState
+from megatron_lance.config.errors import ExitCode, NonFiniteError
 from megatron_lance.config.loader import ConfigError, dump_yaml
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.position import LeftOut, gone_back
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.layout import Layout
@@ -38,11 +44,15 @@ from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.sampling.engine import Encoders
+from megatron_lance.sampling.prompt_list import Line
 from megatron_lance.training.feed import Feed
-from megatron_lance.training.loop import train
-from megatron_lance.training.metrics import StepMetrics
-from megatron_lance.training.preview import Preview
-from megatron_lance.training.setup import build, weight_source
+from megatron_lance.training.guards import Guards, guarded
+from megatron_lance.training.loop import Looks, train
+from megatron_lance.training.metrics import StepMetrics, written_in
+from megatron_lance.training.preview import Preview, read_prompts
+from megatron_lance.training.setup import Trainee, build, weight_source
+from megatron_lance.training.spikes import LossSpike
+from megatron_lance.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +111,27 @@ def _open(run: RunConfig) -> tuple[Tokenizer, DataIdentity, Checkpoint | None]:
     return tokenizer, data, checkpoint
 
 
-def _sound(
+def _agreed(
     checkpoint: Checkpoint | None, source: WeightSource | Checkpoint, run: RunConfig, data: DataIdentity
-) -> Checkpoint | None:
-    """The checkpoint to go on from, its files or those of the initial weights held against their digests."""
-    if isinstance(source, Checkpoint) and (found := faults(source)):
-        raise damage(source, found)
+) -> tuple[Checkpoint | None, WeightSource | Checkpoint]:
+    """The first rank's checkpoint to go on from, its files or those of the initial weights held against their digests.
+
+    Args:
+        checkpoint: what this rank found.
+        source: initial weights; needed again if the first rank found none.
+        run: the whole configuration.
+        data: what a data position refers to.
+    """
+    own = checkpoint
+    checkpoint = first_ranks(lambda: own)
     if checkpoint is not None:
         checkpoint = sound(checkpoint, run.training)
         check_resumable(checkpoint, run, data)
-    return checkpoint
+        return checkpoint, PendingWeights()
+    source = source if own is None else weight_source(run)
+    if isinstance(source, Checkpoint) and (found := faults(source)):
+        raise damage(source, found)
+    return None, source
 
 
 def _make_run_dir(run_dir: Path) -> None:
@@ -139,7 +160,8 @@ def _announce(run: RunConfig, groups: Groups, feed: Feed, checkpoint: Checkpoint
     if dist.get_rank() != 0:
         return
     run_dir = Path(run.training.run_dir)
-    (run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
+    with written_in(run_dir):
+        (run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
     degrees = f"tp {groups.tp} x cp {groups.cp} x pp {groups.pp} x dp {groups.dp}"
     logger.info("%s on %s, %d packs in the index, run folder %s", degrees, groups.device, len(feed.index), run_dir)
     if checkpoint is None:
@@ -154,6 +176,16 @@ def _announce(run: RunConfig, groups: Groups, feed: Feed, checkpoint: Checkpoint
         logger.warning("nothing to train: training.train_iters %d are done; raise it", run.training.train_iters)
 
 
+def _looks(
+    run: RunConfig, trainee: Trainee, feed: Feed, groups: Groups, tokenizer: Tokenizer, prompts: Sequence[Line]
+) -> Looks:
+    """Validation and previews as far as they are configured."""
+    validation = Validation(run, trainee, feed, groups, tokenizer) if run.validation.pack_index else None
+    encoders = Encoders(feed.encoder.decoder, feed.encoder.vit, feed.encoder.vae)
+    preview = Preview(run, trainee, groups, tokenizer, encoders, prompts) if prompts else None
+    return Looks(run, validation, preview)
+
+
 def train_run(run: RunConfig) -> list[StepMetrics]:
     """Train, and leave the process groups as they are.
 
@@ -164,15 +196,18 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
         UserError: if the run cannot start or cannot go on.
     """
     run = replace(run, model=with_rope_of(run.model, run.training.init_from))
+    prompts = read_prompts(run) if run.preview.prompts else []
     tokenizer, data, checkpoint = _open(run)
     source = weight_source(run) if checkpoint is None else PendingWeights()
-    groups = parallel_groups.initialize(run.parallel, run.training.seed)
-    checkpoint = _sound(checkpoint, source, run, data)
+    patience = max(10.0, run.training.hang_seconds / 60 + 5)  # minutes; the watchdog speaks first
+    groups = parallel_groups.initialize(run.parallel, run.training.seed, patience)
+    checkpoint, source = _agreed(checkpoint, source, run, data)
     feed = Feed(run, groups, tokenizer)
     trainee = build(run, groups, tokenizer.size, source)
     average = trainee.average
     shards = () if average is None else average.shards
     state = TrainingState(trainee.chunks, trainee.optimizer, trainee.scheduler, shards)
+    looks = _looks(run, trainee, feed, groups, tokenizer, prompts)
     _announce(run, groups, feed, checkpoint)
     steps_done = 0
     if checkpoint is not None:
@@ -182,12 +217,64 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
             average.restart()
         feed.encoder.broken.update(checkpoint.manifest.broken_media)
         steps_done = checkpoint.manifest.step
-    saver = Saver(run, state, data, feed.encoder.broken)
+        feed.leave_out([LeftOut(*gap) for gap in checkpoint.manifest.left_out])
+    saver = Saver(run, state, data, feed.encoder.broken, feed.left_out)
     if checkpoint is not None and _is_only_rewritten(run, checkpoint):
-        saver.save(steps_done)
-    encoders = Encoders(feed.encoder.decoder, feed.encoder.vit, feed.encoder.vae)
-    preview = Preview(run, trainee, groups, tokenizer, encoders) if run.preview.captions else None
-    return train(run, trainee, feed, groups, saver, steps_done, preview)
+        saver.save(steps_done, is_rewritten=True)
+        saver.finish()
+        return []
+    with closing(feed), guarded(run.training) as guards:
+        degrees = {"tp": groups.tp, "cp": groups.cp, "pp": groups.pp, "dp": groups.dp}
+        guards.events.write(steps_done, "started", ranks=dist.get_world_size(), **degrees)
+        history = _with_rewinds(run, trainee, state, feed, groups, saver, steps_done, looks, guards)
+        guards.events.write(run.training.train_iters, "ended", exit_code=int(ExitCode.FINISHED), reason="finished")
+    return history
+
+
+def _with_rewinds(
+    run: RunConfig,
+    trainee: Trainee,
+    state: TrainingState,
+    feed: Feed,
+    groups: Groups,
+    saver: Saver,
+    steps_done: int,
+    looks: Looks,
+    guards: Guards,
+) -> list[StepMetrics]:
+    """Train; at a loss spike go back to the checkpoint before it and leave out the packs in between.
+
+    Raises:
+        NonFiniteError: if there is no such checkpoint, or after `training.max_rewinds`.
+    """
+    for rewinds in count():
+        try:
+            return train(run, trainee, feed, groups, saver, steps_done, looks, guards)
+        except NonFiniteError:
+            saver.finish()
+            raise
+        except LossSpike as spike:
+            saver.finish()
+            guards.events.write(spike.last, "spike", first=spike.first, losses=spike.losses, usual=spike.usual)
+            before = spike.first
+            checkpoint = first_ranks(lambda: checkpoint_before(run.training, before))  # noqa: B023
+            if checkpoint is None or rewinds == run.training.max_rewinds:
+                why = f"after {rewinds} rewinds" if checkpoint else "no checkpoint is older than the spike"
+                raise NonFiniteError(
+                    f"loss spike: {spike}; {why}; lower optimizer.lr, look at the packs of these steps, or raise "
+                    "training.spike_factor"
+                ) from spike
+            steps_done = checkpoint.manifest.step
+            logger.warning("loss spike: %s; going back to %s", spike, checkpoint.folder)
+            guards.watchdog.at("rewind", steps_done)
+            if damages := faults(checkpoint):
+                raise damage(checkpoint, damages) from spike
+            with trainee.at_rest(averaged=False):  # no gather of weights is under way
+                store.load(checkpoint, state)
+            feed.leave_out(gone_back(feed.left_out, steps_done, spike.last))
+            saver.save(steps_done)
+            guards.events.write(steps_done, "rewound", left_out=[list(gap) for gap in feed.left_out])
+    raise AssertionError("unreachable")
 
 
 def start(run: RunConfig) -> None:

@@ -6,8 +6,10 @@ megatron-core's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,17 @@ from megatron_lance.checkpoint.hf_lance import FolderSource, RandomSource, Weigh
 from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, names_checkpoint
 from megatron_lance.checkpoint.store import check_model, load_model
 from megatron_lance.config.schema import ParallelConfig, RunConfig
+from megatron_lance.model.freeze import freeze
 from megatron_lance.model.lance_model import LanceModel, build_stages
 from megatron_lance.model.transformer_config import transformer_config
 from megatron_lance.parallel.groups import Groups
+from megatron_lance.training.clock import StepClock
 from megatron_lance.training.ema import WeightAverage
+from megatron_lance.training.gauges import Gauges
+
+BUCKET_PARAMETERS = 40_000_000
+"""Parameters whose gradients are reduced together under overlap.  megatron-core's own size grows with the number of
+replicas, so that a checkpoint with the optimizer's buckets would not load on another number."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Trainee:
         optimizer: over all chunks.
         scheduler: sets the learning rate of every step.
         average: of the weights; None without training.ema_decay.
+        clock: of forward and backward.
+        gauges: gradient norms per expert, and memory.
     """
 
     config: TransformerConfig
@@ -46,10 +57,38 @@ class Trainee:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     average: WeightAverage | None
+    clock: StepClock
+    gauges: Gauges
+
+    @contextmanager
+    def at_rest(self, averaged: bool) -> Iterator[None]:
+        """The whole model for passes without gradients; a collective of replicas.
+
+        Weights that an overlapped gather would bring during the next forward pass are fetched before, so afterwards
+        ranks may run passes that others do not.  Training goes on as if nothing had been.
+
+        Args:
+            averaged: take the averaged weights meanwhile.
+        """
+        for stage in self.stages:
+            stage.eval()
+        if averaged:
+            if self.average is None:
+                raise ValueError("there are no averaged weights; set training.ema_decay")
+            with self.average.applied():
+                yield
+        else:
+            gathers = self.chunks[0].ddp_config.overlap_param_gather
+            for chunk in self.chunks if gathers else ():
+                chunk.start_param_sync(force_sync=True)
+            yield
+        for stage in self.stages:
+            stage.train()
 
 
-def _finalize(chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+def _finalize(clock: StepClock, chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
     """megatron-core's gradient finalisation without its division: the loss is already divided by global counts."""
+    clock.gradients_complete()
     finalize_model_grads(chunks, num_tokens=None, **kwargs)
 
 
@@ -62,18 +101,21 @@ def _wrap(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        bucket_size=BUCKET_PARAMETERS if parallel.overlap_grad_reduce else None,
     )
     return [
         DistributedDataParallel(config, ddp, stage, disable_bucketing=index > 0) for index, stage in enumerate(stages)
     ]
 
 
-def _connect_schedule(config: TransformerConfig, parallel: ParallelConfig, chunks: Sequence[Any]) -> None:
+def _connect_schedule(
+    config: TransformerConfig, parallel: ParallelConfig, chunks: Sequence[Any], clock: StepClock
+) -> None:
     """Tell megatron-core's schedules how gradients are finalised and when their reduction may start.
 
     Overlapped parameter gathers need nothing here: each bucket is awaited in the forward hook of its module.
     """
-    config.finalize_model_grads_func = _finalize
+    config.finalize_model_grads_func = partial(_finalize, clock)
     if parallel.overlap_grad_reduce:
         waits = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = waits[0] if len(waits) == 1 else waits
@@ -150,10 +192,13 @@ def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSou
         load_model(source, stages)
     else:
         load_weights(stages, source, run.model, tp_rank=groups.tp_rank, tp=groups.tp)
+    freeze(stages, run.training.freeze)
     chunks = _wrap(config, run.parallel, stages)
-    _connect_schedule(config, run.parallel, chunks)
+    clock = StepClock(groups.device)
+    _connect_schedule(config, run.parallel, chunks, clock)
     optimizer = _optimizer(run, config, list(chunks))
     config.grad_scale_func = optimizer.scale_loss
     decay = run.training.ema_decay
     average = WeightAverage(optimizer, chunks, decay) if decay else None
-    return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer), average)
+    gauges = Gauges(optimizer, stages)
+    return Trainee(config, stages, chunks, optimizer, _scheduler(run, optimizer), average, clock, gauges)

@@ -1,13 +1,13 @@
 """One step: forward and backward over the micro-batches of a global batch by megatron-core's schedules.
 
-Station: dispatch -> [schedule over forward_step] -> gradients.  Losses are sums divided by the step's global row
-counts, which the pack index knows beforehand, so gradients need no further scaling.
+Station: dispatch -> [schedule over forward_step] -> gradients, or losses alone in validation.  Losses are sums divided
+by the step's global row counts, which the pack index knows beforehand, so gradients need no further scaling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron_lance.model.heads import HeadOutputs
 from megatron_lance.objectives.losses import (
     TASKS,
     LossCounts,
+    sums_by_source,
     sums_by_task,
     total_loss,
     velocity_error,
@@ -33,8 +34,35 @@ LossFunction = Callable[[HeadOutputs], tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @dataclass(frozen=True)
+class LossSums:
+    """Sums over the loss rows of some packs, the same on every rank.
+
+    Attributes:
+        ce: nats of all CE rows.
+        velocity: of all velocity rows.
+        by_task: of each of TASKS: CE of understanding, velocity of generation.
+        broken: visual segments that could not be read.
+        by_source: as by_task, of each data source by its name; empty where samples have none.
+    """
+
+    ce: float
+    velocity: float
+    by_task: tuple[float, ...]
+    broken: int
+    by_source: Mapping[str, float] = field(default_factory=dict)
+
+    def plus(self, other: LossSums) -> LossSums:
+        """The sums of both."""
+        by_task = tuple(a + b for a, b in zip(self.by_task, other.by_task, strict=True))
+        names = sorted({*self.by_source, *other.by_source})
+        by_source = {name: self.by_source.get(name, 0.0) + other.by_source.get(name, 0.0) for name in names}
+        broken = self.broken + other.broken
+        return LossSums(self.ce + other.ce, self.velocity + other.velocity, by_task, broken, by_source)
+
+
+@dataclass(frozen=True)
 class StepLosses:
-    """Losses of a step over its whole global batch, the same on every rank.
+    """Losses over whole packs, in training those of a step's global batch; the same on every rank.
 
     Attributes:
         total: weighted sum of the two.
@@ -42,6 +70,7 @@ class StepLosses:
         velocity: mean over velocity rows; 0 if there is none.
         broken: visual segments that could not be read.
         by_task: mean over the loss rows of each task that has any: CE of understanding, velocity of generation.
+        by_source: the same of each data source that has any, by its name.
     """
 
     total: float
@@ -49,6 +78,27 @@ class StepLosses:
     velocity: float
     broken: int
     by_task: dict[str, float]
+    by_source: dict[str, float]
+
+    @classmethod
+    def of(cls, sums: LossSums, counts: LossCounts, objective: ObjectiveConfig) -> StepLosses:
+        """Means of some sums.
+
+        Args:
+            sums: over all loss rows of the packs.
+            counts: those rows.
+            objective: loss weights.
+        """
+        ce, velocity = torch.tensor([sums.ce, sums.velocity], dtype=torch.float64)
+        total = total_loss(ce, velocity, counts, ce_weight=objective.ce_weight, mse_weight=objective.mse_weight)
+        return cls(
+            total=float(total),
+            ce=sums.ce / max(counts.ce, 1),
+            velocity=sums.velocity / max(counts.velocity, 1),
+            broken=sums.broken,
+            by_task={str(t): s / n for t, s, n in zip(TASKS, sums.by_task, counts.by_task, strict=True) if n},
+            by_source={name: sums.by_source[name] / rows for name, rows in counts.by_source.items() if rows},
+        )
 
 
 def _pack_loss(
@@ -56,17 +106,20 @@ def _pack_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss of this rank's rows, no token count, its sums) as megatron-core's schedules want it.
 
-    Sums, float32 [2 + 2 * tasks]: CE, velocity, CE by task, velocity by task.
+    Sums, float32 [2 + 2 * (tasks + sources)]: CE, velocity, CE by task and by source, velocity by task and by source.
     """
     error = velocity_error(outputs.velocity, batch.target)
     ce_sum, velocity_sum = weighted_sum(outputs.ce, batch.ce_weights), weighted_sum(error, batch.velocity_weights)
     loss = total_loss(ce_sum, velocity_sum, counts, ce_weight=objective.ce_weight, mse_weight=objective.mse_weight)
     no_count = torch.zeros((), dtype=torch.int, device=loss.device)
-    by_task = (
+    sources = len(counts.by_source)
+    parts = (
         sums_by_task(outputs.ce, batch.ce_weights, batch.ce_tasks),
+        sums_by_source(outputs.ce, batch.ce_weights, batch.ce_sources, sources),
         sums_by_task(error, batch.velocity_weights, batch.velocity_tasks),
+        sums_by_source(error, batch.velocity_weights, batch.velocity_sources, sources),
     )
-    return loss, no_count, torch.cat([torch.stack([ce_sum, velocity_sum]).detach(), *by_task])
+    return loss, no_count, torch.cat([torch.stack([ce_sum, velocity_sum]).detach(), *parts])
 
 
 def _forward_step(
@@ -76,36 +129,47 @@ def _forward_step(
     return model(batch), partial(_pack_loss, batch=batch, counts=counts, objective=objective)
 
 
-def _global_losses(
-    sums: Sequence[torch.Tensor], broken: int, counts: LossCounts, objective: ObjectiveConfig, groups: Groups
-) -> StepLosses:
+def _global_sums(sums: Sequence[torch.Tensor], counts: LossCounts, broken: int, groups: Groups) -> LossSums:
     """Sum loss sums and broken segments over all ranks; the one point where the host waits for the device."""
-    tasks = len(TASKS)
-    local = torch.zeros(3 + 2 * tasks, dtype=torch.float64, device=groups.device)
+    tasks, parts = len(TASKS), len(TASKS) + len(counts.by_source)
+    local = torch.zeros(3 + 2 * parts, dtype=torch.float64, device=groups.device)
     if sums:
         local[:-1] = torch.stack(list(sums)).sum(0)
     if groups.tp_rank != 0:  # CE is the same on all tp ranks; count it once
         local[0] = 0.0
-        local[2 : 2 + tasks] = 0.0
+        local[2 : 2 + parts] = 0.0
     if groups.replica.rank() == 0:
         local[-1] = broken  # the same on all ranks of a replica; count it once
     dist.all_reduce(local)
-    ce_sum, velocity_sum, *of_tasks, all_broken = local.tolist()
-    of_kind = {False: of_tasks[:tasks], True: of_tasks[tasks:]}  # by Task.is_generation
-    by_task = {
-        str(task): of_kind[task.is_generation][i] / counts.by_task[i]
-        for i, task in enumerate(TASKS)
-        if counts.by_task[i]
-    }
-    return StepLosses(
-        total=float(
-            total_loss(local[0], local[1], counts, ce_weight=objective.ce_weight, mse_weight=objective.mse_weight)
-        ),
-        ce=ce_sum / max(counts.ce, 1),
-        velocity=velocity_sum / max(counts.velocity, 1),
-        broken=int(all_broken),
-        by_task=by_task,
+    ce, velocity, *of_parts, all_broken = local.tolist()
+    of_kind = {False: of_parts[:parts], True: of_parts[parts:]}  # by Task.is_generation
+    by_task = tuple(of_kind[task.is_generation][i] for i, task in enumerate(TASKS))
+    # a source has one task, so one of its two sums is zero
+    by_source = {name: of_kind[False][i] + of_kind[True][i] for i, name in enumerate(counts.by_source, tasks)}
+    return LossSums(ce, velocity, by_task, int(all_broken), by_source)
+
+
+def _schedule(
+    trainee: Trainee,
+    batches: Sequence[RankBatch],
+    counts: LossCounts,
+    objective: ObjectiveConfig,
+    groups: Groups,
+    *,
+    forward_only: bool,
+) -> Sequence[torch.Tensor]:
+    """This rank's loss sums of all micro-batches; on the last stage only."""
+    rows = sum(batches[0].region_rows)
+    sums: Sequence[torch.Tensor] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, counts=counts, objective=objective),
+        data_iterator=[iter(batches) for _ in trainee.chunks],
+        model=trainee.chunks,
+        num_microbatches=len(batches),
+        seq_length=rows * groups.cp,
+        micro_batch_size=1,
+        forward_only=forward_only,
     )
+    return sums
 
 
 def forward_backward(
@@ -116,7 +180,6 @@ def forward_backward(
     groups: Groups,
     *,
     broken: int,
-    forward_only: bool = False,
 ) -> StepLosses:
     """Run a step's micro-batches; gradients end up reduced in the chunks' gradient buffers.
 
@@ -127,7 +190,6 @@ def forward_backward(
         objective: loss weights.
         groups: degrees and ranks.
         broken: visual segments of this replica's packs that could not be read.
-        forward_only: leave out backward.
 
     Returns:
         the global batch's losses.
@@ -135,14 +197,24 @@ def forward_backward(
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    rows = sum(batches[0].region_rows)
-    sums = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, counts=counts, objective=objective),
-        data_iterator=[iter(batches) for _ in trainee.chunks],
-        model=trainee.chunks,
-        num_microbatches=len(batches),
-        seq_length=rows * groups.cp,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    return _global_losses(sums, broken, counts, objective, groups)
+    trainee.clock.begin()
+    sums = _schedule(trainee, batches, counts, objective, groups, forward_only=False)
+    return StepLosses.of(_global_sums(sums, counts, broken, groups), counts, objective)
+
+
+@torch.no_grad()
+def forward(
+    trainee: Trainee,
+    batches: Sequence[RankBatch],
+    counts: LossCounts,
+    objective: ObjectiveConfig,
+    groups: Groups,
+    *,
+    broken: int,
+) -> LossSums:
+    """Loss sums alone; gradients and what reduces them are not touched.  Arguments as of `forward_backward`.
+
+    The model's weights must be whole, see `Trainee.at_rest`.
+    """
+    sums = _schedule(trainee, batches, counts, objective, groups, forward_only=True)
+    return _global_sums(sums, counts, broken, groups)

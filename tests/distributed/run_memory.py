@@ -1,4 +1,4 @@
-"""Build the model of several layouts on these ranks and write down what each rank holds.
+"""Train one step on several layouts on these ranks and write down what each rank holds, and its peak.
 
 Arguments: the file to write, a configuration, then one text of overrides per layout.
 """
@@ -7,24 +7,73 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_lance.checkpoint.hf_lance import RandomSource
 from megatron_lance.config.loader import load_config
-from megatron_lance.model.lance_model import build_stages
-from megatron_lance.model.transformer_config import transformer_config
+from megatron_lance.config.schema import RunConfig
+from megatron_lance.objectives.losses import LossCounts
+from megatron_lance.objectives.random_values import FilledPack
+from megatron_lance.packing.sample import Pack
 from megatron_lance.parallel import groups as parallel_groups
+from megatron_lance.parity.equivalence import all_tasks
+from megatron_lance.profiling.live_bytes import LiveBytes
+from megatron_lance.profiling.memory import PackLoad
+from megatron_lance.training.loop import update
+from megatron_lance.training.setup import Trainee, build
+from megatron_lance.training.step import forward_backward
+from megatron_lance.training.synthetic import micro_batches
+
+TOKENIZER_SIZE = 300
 
 
-def count(config: str, overrides: list[str]) -> list[tuple[int, int]]:
-    """(pipeline rank, parameters) of every rank under one layout."""
+def packs_of(run: RunConfig) -> list[FilledPack]:
+    """A global batch of packs that hold every task."""
+    sizes = {"hidden": run.model.hidden_size, "channels": run.model.latent_channels, "vocabulary": TOKENIZER_SIZE}
+    packs = [Pack(tuple(samples), run.data.seq_length) for samples in all_tasks()]
+    return [FilledPack.random(packs[i % len(packs)], **sizes, seed=1) for i in range(run.training.global_batch_size)]
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def held(trainee: Trainee) -> dict[str, int]:
+    """What this rank holds after a step."""
+    parameters = [p for stage in trainee.stages for p in stage.parameters()]
+    states, mains = [], []
+    for part in trainee.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            mains += [p for p in group["params"] if trainee.config.bf16]
+        for state in part.optimizer.state.values():
+            states += [t for t in state.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": _bytes(parameters),
+        "gradient_bytes": _bytes([b.grad_data for chunk in trainee.chunks for b in chunk.buffers]),
+        "optimizer_bytes": _bytes(states) + _bytes(mains),
+    }
+
+
+def measure(config: str, overrides: list[str]) -> list[dict[str, Any]]:
+    """What every rank holds under one layout."""
     run = load_config([config], overrides)
     groups = parallel_groups.initialize(run.parallel, seed=1)
-    stages = build_stages(transformer_config(run.model, run.parallel, "float32"), run.model, tokenizer_size=300)
-    own = (groups.pp_rank, sum(p.numel() for stage in stages for p in stage.parameters()))
-    found: list[tuple[int, int]] = [own] * dist.get_world_size()
+    trainee = build(run, groups, TOKENIZER_SIZE, RandomSource(1, run.model))
+    packs = packs_of(run)
+    batches = micro_batches(packs, run, groups)
+    counts = LossCounts.of(p.pack for p in packs)
+    with LiveBytes() as counter:
+        losses = forward_backward(trainee, batches, counts, run.objective, groups, broken=0)
+    update(trainee, losses)
+    own = {"pp_rank": groups.pp_rank, "peak": counter.peak, "load": asdict(PackLoad.of(batches)), **held(trainee)}
+    found: list[Any] = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
     parallel_state.destroy_model_parallel()
     return found
@@ -33,7 +82,7 @@ def count(config: str, overrides: list[str]) -> list[tuple[int, int]]:
 def main() -> None:
     """Run."""
     out, config, *layouts = sys.argv[1:]
-    counts = [count(config, layout.split()) for layout in layouts]
+    counts = [measure(config, layout.split()) for layout in layouts]
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(counts), encoding="utf-8")
     parallel_groups.destroy()

@@ -25,7 +25,7 @@ def collect(run: RunConfig, groups: Groups, step: int) -> dict[str, Any]:
     """Encodings of all packs of the index, and what a step trains on."""
     feed = Feed(run, groups, Tokenizer(run.data.tokenizer))
     packs = [feed.index.pack(number) for number in range(len(feed.index))]
-    visuals = feed.encoder.encode(packs, feed.reader)
+    visuals = feed.encoder.encode(packs, feed.read(packs, feed.reader).media)
     inputs = feed.step(step)
     return {
         "visuals": [(v.vit, v.latents, v.valid) for v in visuals],

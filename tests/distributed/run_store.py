@@ -3,9 +3,10 @@
     torchrun --nproc-per-node N run_store.py JOBS.json
 
 A job is {"config": FILE, "overrides": [...], "flip": FILE or null, "limit": BYTES or null, "free": BYTES or null,
-"hold": STEP or null}: before the run one bit of the file is flipped; during the run no file can grow beyond the limit,
-the disk is taken to have so much room, and no save is hashed before the step is done.  Each rank writes
-<run_dir>_outcome/RANK.txt: the error, or what was logged.
+"hold": STEP or null, "sees": STEP or null, "kill": BOOL}: before the run one bit of the file is flipped; the second
+rank finds the checkpoint of another step; during the run no file can grow beyond the limit, the disk is taken to have
+so much room, no save is hashed before the step is done, and what writes the second rank's tensors is killed.  Each rank
+writes <run_dir>_outcome/RANK.txt: the error, or what was logged.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -27,6 +32,9 @@ from megatron_lance.config.errors import UserError
 from megatron_lance.config.loader import load_config
 
 # megatron-core's checkpoint writer spawns a process that imports this file: heavy imports are inside the functions.
+
+
+TRAIN_RUN = "megatron_lance.training.run"
 
 
 class Usage(NamedTuple):
@@ -70,6 +78,28 @@ def held(metrics: Path, step: int | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def astray(sees: int | None, kill: bool) -> Iterator[None]:
+    """On the second rank: another checkpoint is found; what writes tensors is killed, as for want of memory."""
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    from megatron_lance.checkpoint.manifest import find_checkpoint
+
+    def killed(*arguments: Any, **named: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with ExitStack() as stack:
+        if sees is not None and dist.get_rank() == 1:
+            other = partial(replace, resume=sees)
+            stack.enter_context(
+                patch(f"{TRAIN_RUN}.find_checkpoint", lambda settings: find_checkpoint(other(settings)))
+            )
+        if kill and dist.get_rank() == 1:
+            stack.enter_context(patch.object(FileSystemWriterAsync, "write_preloaded_data", killed))
+        yield
+
+
 def flip(file: Path) -> None:
     """Flip a bit in the middle of a file."""
     content = bytearray(file.read_bytes())
@@ -92,7 +122,11 @@ def attempt(job: dict[str, Any]) -> None:
     handler = logging.StreamHandler(log)
     logging.getLogger().addHandler(handler)
     try:
-        with trouble(job["limit"], job["free"]), held(Path(run.training.run_dir) / "metrics.jsonl", job["hold"]):
+        with (
+            trouble(job["limit"], job["free"]),
+            held(Path(run.training.run_dir) / "metrics.jsonl", job["hold"]),
+            astray(job["sees"], job["kill"]),
+        ):
             train_run(run)
     except UserError as error:
         log.write(f"ERROR {error}")

@@ -52,7 +52,10 @@ WEIGHTS = {
 EXPORTS = ("tp2", "pp2", "dp2_bf16")
 SCHEDULE = ["optimizer.lr_decay_style=cosine", "optimizer.lr_warmup_iters=2", "optimizer.lr_decay_iters=8"]
 KINDS = ("straight", "half")
-EXACT = ("loss", "ce_loss", "velocity_loss", "grad_norm", "learning_rate", "fill")
+EXACT = (
+    *("loss", "ce_loss", "velocity_loss", "grad_norm", "learning_rate", "fill"),
+    *("loss_by_source", "grad_norm_by_expert", "tokens_seen"),
+)
 
 
 @dataclass(frozen=True)

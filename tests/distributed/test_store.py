@@ -34,10 +34,21 @@ class Trouble:
         self.folder, self.tiny = folder, tiny
         self.jobs: list[dict[str, Any]] = []
 
-    def add(self, name: str, *settings: str, flip: str = "", limit: int = 0, free: int = -1, hold: int = 0) -> None:
+    def add(
+        self,
+        name: str,
+        *settings: str,
+        flip: str = "",
+        limit: int = 0,
+        free: int = -1,
+        hold: int = 0,
+        sees: int = 0,
+        kill: bool = False,
+    ) -> None:
         overrides = [TP2, f"training.run_dir={self.folder / name}", *settings]
         trouble = {"flip": flip and str(self.folder / flip), "limit": limit or None, "free": None if free < 0 else free}
-        self.jobs.append({"config": str(self.tiny.config), "overrides": overrides, **trouble, "hold": hold or None})
+        self.jobs.append({"config": str(self.tiny.config), "overrides": overrides, **trouble})
+        self.jobs[-1] |= {"hold": hold or None, "sees": sees or None, "kill": kill}
 
     def run(self) -> None:
         plan = self.folder / "jobs.json"
@@ -61,7 +72,7 @@ def trouble(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Trou
     found = Trouble(tmp_path_factory.mktemp("trouble"), tiny_run)
     found.add("good", "training.train_iters=3", "training.save_interval=1")
     found.run()
-    for name in ("torn", "torn_behind", "full", "flipped", "asked"):
+    for name in ("torn", "torn_behind", "full", "killed", "killed_behind", "astray", "flipped", "asked"):
         shutil.copytree(found.folder / "good" / "checkpoints", found.folder / name / "checkpoints")
         shutil.rmtree(found.folder / name / "checkpoints" / "step_00000003")
         (found.folder / name / "checkpoints" / "latest").write_text("step_00000002\n", encoding="utf-8")
@@ -71,6 +82,9 @@ def trouble(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Trou
     found.add("torn", *auto, limit=LIMIT)
     found.add("torn_behind", *auto, BEHIND, limit=LIMIT)
     found.add("full", *auto, free=10_000)
+    found.add("killed", *auto, kill=True)
+    found.add("killed_behind", *auto, BEHIND, kill=True)
+    found.add("astray", *auto, sees=1)
     found.add("behind", "training.train_iters=3", "training.save_interval=2", BEHIND, hold=3)
     found.add("blocked", "training.train_iters=1")
     found.add("flipped", *auto, flip="flipped/checkpoints/step_00000002/__1_0.distcp")
@@ -96,6 +110,8 @@ def test_each_rank_wrote_down_the_digests_of_its_files(trouble: Trouble) -> None
         ("torn", r"Worker failure: .* \([0-9]+ bytes are free there\)"),
         ("torn_behind", r"Worker failure: .* \([0-9]+ bytes are free there\)"),
         ("full", "No space left on device: [0-9]+ bytes are needed, 10000 are free"),
+        ("killed", "writer of it ended"),
+        ("killed_behind", "writer of it ended"),
         ("blocked", "(Not a directory|File exists)"),
     ],
 )
@@ -111,6 +127,11 @@ def test_a_save_that_fails_is_one_error_and_harms_nothing(trouble: Trouble, name
         checkpoint = checkpoint_at(trouble.folder / name)
         check_digests(checkpoint)
         assert checkpoint.manifest.step == 2
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_the_first_found(trouble: Trouble) -> None:
+    """A shared disk may show another machine an older state."""
+    assert trouble.losses("astray") == trouble.losses("good")[2:]
 
 
 def test_training_goes_on_while_a_save_is_under_way(trouble: Trouble) -> None:

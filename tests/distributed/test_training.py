@@ -114,6 +114,38 @@ def test_layouts_agree(layout: str, metrics: dict[str, list[Any]]) -> None:
     assert relative(ours[-1]["loss"], reference[-1]["loss"]) < 1e-3
 
 
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS, "bf16"])
+def test_gradient_norms_of_the_experts_add_up(layout: str, metrics: dict[str, list[Any]]) -> None:
+    for line, reference in zip(metrics[layout][:5], metrics["one"], strict=False):
+        parts = line["grad_norm_by_expert"]
+        assert list(parts) == ["und", "gen", "shared"] and min(parts.values()) > 0
+        assert math.sqrt(sum(norm**2 for norm in parts.values())) == pytest.approx(line["grad_norm"], rel=1e-5)
+        if line["step"] == 1:
+            tolerance = 0.05 if layout == "bf16" else 1e-5
+            assert parts == pytest.approx(reference["grad_norm_by_expert"], rel=tolerance)
+        assert line["memory_bytes"] > 2**26
+
+
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+def test_losses_of_sources_are_those_of_their_tasks(layout: str, metrics: dict[str, list[Any]]) -> None:
+    """Every source here has a task of its own."""
+    for line in metrics[layout]:
+        assert line["loss_by_source"] == pytest.approx(line["loss_by_task"], rel=1e-5)
+    assert {name for line in metrics[layout] for name in line["loss_by_source"]} == {task for _, _, task in SOURCES}
+
+
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS])
+def test_tokens_are_counted_by_kind(layout: str, config: Path, metrics: dict[str, list[Any]]) -> None:
+    index = PackIndex.open(load_config([str(config)]).data.pack_index)
+    seen = dict.fromkeys(("text", "vit", "clean", "noise"), 0)
+    for line in metrics[layout]:
+        for number in index.global_batch(line["step"] - 1, 2):
+            for segment in (s for sample in index.pack(number).pack.samples for s in sample.segments):
+                seen["text"] += segment.length - segment.content_length
+                seen[str(segment.kind)] += segment.content_length
+        assert line["tokens_seen"] == seen and min(seen.values()) > 0
+
+
 def test_loss_falls_and_runs_repeat_bit_for_bit(config: Path, tmp_path: Path) -> None:
     runs = [train(config, tmp_path / name, 4, TP, PP, "training.train_iters=8")[0] for name in ("first", "second")]
     names = ("step", "loss", "ce_loss", "velocity_loss", "grad_norm", "learning_rate", "broken", "skipped")

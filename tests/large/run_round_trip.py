@@ -30,7 +30,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from megatron_lance.checkpoint.hf_export import llm_config
 from megatron_lance.checkpoint.hf_lance import POSITION_KEY, public_shapes
-from megatron_lance.checkpoint.hf_qwen import vit_shapes
+from megatron_lance.checkpoint.hf_vit import vit_shapes
 from megatron_lance.checkpoint.public_files import Shape, TensorSpec, write_folder
 from megatron_lance.checkpoint.view import position_table
 from megatron_lance.config.schema import ModelConfig

@@ -41,3 +41,17 @@ def test_long_pack_on_a_short_one() -> None:
     assert result["mask_pairs_max_over_mean"] == pytest.approx(1.0)
     assert result["collective_bytes"] == {"counted": 0, "formula": 0.0}
     assert "peak memory of a rank" in long_pack.table(result)
+
+
+def test_sampling_with_and_without_the_cache(command: Commander, tmp_path: Path) -> None:
+    sizes = "--layers 1 --hidden 256 --side 64 --frames 5 --steps 2 --repeats 1"
+    done = command(f"bench sampling {sizes} --json result.json", folder=tmp_path)
+    assert done.code == 0, done.err
+    cases = json.loads((tmp_path / "result.json").read_text())["cases"]
+    assert set(cases) == {"edit of a picture", "clip", "edit of a clip"}
+    for found in cases.values():
+        assert found["difference"] <= 1e-5
+        assert found["ratio"] == pytest.approx(found["uncached_seconds"][0] / found["cached_seconds"][0])
+    assert (cases["clip"]["target_tokens"], cases["edit of a clip"]["target_tokens"]) == (2 * 16 + 2, 2 * 16 + 2)
+    assert cases["clip"]["context_tokens"] < cases["edit of a clip"]["context_tokens"]
+    assert "ratio" in done.out and done.out.count("\n") == 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lance.checkpoint.digests import digests_of, files_in
+from megatron_lance.checkpoint.digests import digests_of, files_in, read_digests, text_digest, write_digests
 from megatron_lance.checkpoint.files import partial_folder, publish, write_text
 from megatron_lance.checkpoint.manifest import (
     DP_RESHARDABLE,
@@ -107,7 +107,7 @@ def test_errors_name_path_and_remedy(tmp_path: Path) -> None:
         find_checkpoint(run_in(tmp_path).training)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "deleted", "no manifest", "torn manifest"])
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "no manifest", "torn manifest", "other manifest"])
 def test_damage_is_named_and_auto_takes_the_one_before(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,6 +118,7 @@ def test_damage_is_named_and_auto_takes_the_one_before(
         "deleted": "__0_0.distcp is missing, expected 42 bytes",
         "no manifest": "has no checkpoint.json, so it was never finished",
         "torn manifest": "cannot be read",
+        "other manifest": "checkpoint.json has another digest than when it was written",
     }[damage]
     if damage == "truncated":
         (folder / "__0_0.distcp").write_bytes((TENSORS * 6)[:-1])
@@ -125,8 +126,12 @@ def test_damage_is_named_and_auto_takes_the_one_before(
         (folder / "__0_0.distcp").unlink()
     elif damage == "no manifest":
         (folder / MANIFEST_FILE).unlink()
-    else:
+    elif damage == "torn manifest":
         (folder / MANIFEST_FILE).write_text((folder / MANIFEST_FILE).read_text()[:-20])
+    else:
+        text = (folder / MANIFEST_FILE).read_text()
+        (folder / MANIFEST_FILE).write_text(text.replace('"hidden_size": 2', '"hidden_size": 3'))
+        assert (folder / MANIFEST_FILE).read_text() != text
     with pytest.raises(StoreError, match="step_00000006.*" + expected):
         find_checkpoint(run_in(tmp_path, "6").training)
     assert found_step(run_in(tmp_path, "auto")) == 3
@@ -134,6 +139,16 @@ def test_damage_is_named_and_auto_takes_the_one_before(
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")
     with pytest.raises(StoreError, match="no other checkpoint in .* is complete"):
         find_checkpoint(run_in(tmp_path, "auto").training)
+
+
+@pytest.mark.parametrize("pointer", [b"", b"step_0000000\xff", b"../../elsewhere"])
+def test_a_damaged_pointer_is_passed_over(tmp_path: Path, pointer: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    write_checkpoint(run_in(tmp_path), 3)
+    (tmp_path / "checkpoints" / "latest").write_bytes(pointer)
+    assert found_step(run_in(tmp_path, "auto")) == 3 and "latest' names no step; going on from" in caplog.text
+    assert checkpoint_at(tmp_path).manifest.step == 3
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert checkpoint_at(tmp_path).manifest.step == 3
 
 
 def test_a_save_killed_at_any_point_leaves_a_checkpoint_and_can_be_repeated(tmp_path: Path) -> None:
@@ -237,7 +252,9 @@ def test_another_format_is_refused_and_an_older_configuration_read(tmp_path: Pat
     folder = write_checkpoint(run, 3)
     values = json.loads((folder / MANIFEST_FILE).read_text())
     del values["config"]["training"]["progress"]
-    (folder / MANIFEST_FILE).write_text(json.dumps(values))
+    text = json.dumps(values)
+    (folder / MANIFEST_FILE).write_text(text)
+    write_digests(folder, {**read_digests(folder), MANIFEST_FILE: text_digest(text)})
     old = open_checkpoint(folder)
     check_resumable(old, run, DATA)
     assert from_dict(old.manifest.config, "checkpoint") == run

@@ -11,18 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
+from megatron_lance.checkpoint.digests import digests_of, files_in
+from megatron_lance.checkpoint.flat_shards import FlatShard, sharded
 from megatron_lance.checkpoint.hf_export import export_lance, llm_config
 from megatron_lance.checkpoint.hf_import import import_lance
-from megatron_lance.checkpoint.hf_lance import POSITION_KEY, public_shapes
-from megatron_lance.checkpoint.manifest import open_checkpoint
+from megatron_lance.checkpoint.hf_lance import POSITION_KEY, bindings, global_parameters, public_shapes
+from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, DataIdentity, Manifest, open_checkpoint
 from megatron_lance.checkpoint.public_files import INDEX_FILE, TensorFolder, TensorSpec, write_folder
-from megatron_lance.checkpoint.view import position_table
+from megatron_lance.checkpoint.tensors import EMA_PREFIX
+from megatron_lance.checkpoint.view import CheckpointView, position_table
 from megatron_lance.config.loader import from_dict
-from megatron_lance.config.schema import ModelConfig
+from megatron_lance.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from tests.command import Commander
 from tests.tiny import TinyRun, write_tokenizer
+from tests.unit.released_vit import released_vit
+from tests.unit.tiny_model import build, one_rank
 
 MODEL = ModelConfig(
     num_layers=3,
@@ -34,11 +40,12 @@ MODEL = ModelConfig(
     vocab_size=512,
     mrope_section=(1, 1, 2),
     rope_inv_freq_dtype="bfloat16",
+    mape="paper",
+    mape_step=500,
     latent_channels=6,
     latent_position_frames=2,
     latent_position_size=4,
 )
-VIT = {"patch_embed.proj.weight": (16, 3, 2, 14, 14), "blocks.0.norm1.weight": (16,), "merger.mlp.2.bias": (32,)}
 IDS = {name: 500 + i for i, name in enumerate(("<|im_end|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"))}
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +53,8 @@ Tensors = dict[str, torch.Tensor]
 def release(dtype: torch.dtype = torch.float32, model: ModelConfig = MODEL, vit: bool = True) -> Tensors:
     """Random tensors of a released folder: every public name, the position table, the ViT."""
     rng = np.random.default_rng(0)
-    shapes = public_shapes(model) | ({f"vit_model.{key}": shape for key, shape in VIT.items()} if vit else {})
+    bare = released_vit(depth=2, width=16, ffn=24, out=model.hidden_size) if vit else {}
+    shapes = public_shapes(model) | {f"vit_model.{key}": shape for key, shape in bare.items()}
     tensors = {key: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for key, shape in shapes.items()}
     tensors[POSITION_KEY] = torch.cat(list(position_table(model, model.latent_position_frames)))
     return {key: tensor.to(dtype) for key, tensor in tensors.items()}
@@ -197,7 +205,7 @@ def test_the_command_line(tmp_path: Path, command: Commander) -> None:
         ("import-lance in in --force", 2, "'in': exists and is no checkpoint; name another folder"),
         ("import-lance in checkpoint --force", 0, "weights of in"),
         ("info checkpoint", 0, "from 'in', weights only"),
-        ("info in", 0, "vit_model 3"),
+        ("info in", 0, f"vit_model {len(released_vit(depth=2))}"),
         ("info nowhere", 2, "'nowhere': no such folder"),
         ("verify in checkpoint", 0, f"{len(release())} tensors: all equal"),
         ("export-lance checkpoint out --max-shard-size 50KB", 0, "weights after step 0 of checkpoint"),
@@ -234,17 +242,6 @@ def test_verify_lists_every_difference(tmp_path: Path, command: Commander) -> No
     ]
 
 
-def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, command: Commander) -> None:
-    import_lance(write_release(tmp_path / "in", release()), tmp_path / "checkpoint")
-    file = tmp_path / "checkpoint" / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    done = command("convert_checkpoint export-lance checkpoint out", folder=tmp_path)
-    assert done.code == 2 and "checkpoint 'checkpoint': is damaged, __0_0.distcp has another sha256" in done.err
-    assert not (tmp_path / "out").exists()
-
-
 def high_water() -> int:
     """Most bytes this process has had in memory since `reset_high_water`."""
     status = Path("/proc/self/status").read_text()
@@ -271,6 +268,76 @@ def test_an_export_holds_the_largest_tensor_once(tmp_path: Path) -> None:
         before = reset_high_water()
         export_lance(open_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", dtype=dtype, force=True)
         assert high_water() - before < 1.2 * largest + 24e6
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose averaged weights are cut into two flat shards each, amid a row, as ranks hold them."""
+    folder = tmp_path_factory.mktemp("averaged")
+    model = replace(MODEL, vocab_size=200_000, num_layers=1, hidden_size=64)
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    (folder / "checkpoint").mkdir()
+    with one_rank():
+        stage = build(model)
+        states = {"model0": stage.sharded_state_dict()}
+        shards = []
+        for number, parameter in enumerate(stage.parameters()):
+            values, cut = 2.0 * parameter.detach().flatten() + number, int(0.95 * parameter.numel()) + 7
+            shards += [
+                FlatShard(parameter, at, part) for at, part in ((0, values[:cut]), (cut, values[cut:])) if len(part)
+            ]
+        dist_checkpointing.save({**states, "ema": sharded(shards, states, EMA_PREFIX)}, str(folder / "checkpoint"))
+        save_file(
+            {
+                key: (2.0 * tensor + number).contiguous()
+                for number, (name, parameter) in enumerate(global_parameters([stage]))
+                for key, tensor in bindings(model)[name].public([parameter.detach()]).items()
+            },
+            folder / "want.safetensors",
+        )
+    run = RunConfig(
+        model=model,
+        data=DataConfig(tokenizer=str(tokenizer)),
+        training=TrainingConfig(ema_decay=0.9, precision="float32"),
+    )
+    checkpoint = folder / "checkpoint"
+    manifest = Manifest.of(checkpoint, run, 1, 1, DataIdentity("", ""), {}, optimizer=DP_RESHARDABLE)
+    manifest.write(checkpoint, digests_of(checkpoint, files_in(checkpoint)))
+    return folder
+
+
+def test_averaged_weights_in_flat_shards_are_exported_a_chunk_at_a_time(averaged: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(averaged / "checkpoint")
+    largest = 200_000 * 64 * 4
+    export_lance(checkpoint, tmp_path / "warm", ema=True)
+    before = reset_high_water()
+    export_lance(checkpoint, tmp_path / "out", ema=True)
+    assert high_water() - before < 1.2 * largest + 24e6
+    found, want = load_file(tmp_path / "out" / "model.safetensors"), load_file(averaged / "want.safetensors")
+    assert found.keys() == {*want, POSITION_KEY}
+    assert [key for key in want if not torch.equal(found[key], want[key])] == []
+    view = CheckpointView(checkpoint, ema=True)
+    assert [key for key in want if not torch.equal(view.get(key), want[key])] == []
+
+
+def test_information_names_optimizer_and_average(averaged: Path, tmp_path: Path, command: Commander) -> None:
+    done = command("convert_checkpoint info checkpoint", folder=averaged)
+    assert done.code == 0 and "optimizer's state: dp_reshardable; averaged weights: with decay 0.9\n" in done.out
+    import_lance(write_release(tmp_path / "in", release(vit=False)), tmp_path / "imported")
+    done = command("convert_checkpoint info imported", folder=tmp_path)
+    assert "optimizer's state: none; averaged weights: none\n" in done.out
+
+
+@pytest.mark.parametrize("line", ["export-lance checkpoint out", "verify checkpoint in", "verify in checkpoint"])
+def test_a_damaged_checkpoint_is_not_read(line: str, tmp_path: Path, command: Commander) -> None:
+    import_lance(write_release(tmp_path / "in", release()), tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = command(f"convert_checkpoint {line}", folder=tmp_path)
+    assert done.code == 2 and "checkpoint 'checkpoint': is damaged, __0_0.distcp has another sha256" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_starts_from_what_was_imported(tmp_path: Path, command: Commander, tiny_run: TinyRun) -> None:

@@ -190,6 +190,14 @@ def test_held_out_prompts(data: Path) -> None:
         assert {row["caption"] for row in rows if row["task"] == task} <= captions(moves, held_out=True)
 
 
+def test_prompts_to_preview(data: Path) -> None:
+    rows, shown = heldout_rows(data), heldout_rows(data, "preview")
+    assert Counter(row["task"] for row in shown) == {
+        task: 3 if task == "t2i" else 1 for task in dict.fromkeys(r["task"] for r in rows)
+    }
+    assert all(row in rows for row in shown)
+
+
 def test_same_arguments_same_bytes(data: Path, tmp_path: Path) -> None:
     make_demo_data.make(tmp_path / "again", 1, PICTURES, CLIPS, 64, progress=False)
     make_demo_data.make(tmp_path / "other", 2, PICTURES, CLIPS, 64, progress=False)

@@ -108,7 +108,7 @@ def test_dtype_and_force(trained: tuple[Checkpoint, Public], tmp_path: Path) -> 
     with pytest.raises(ExportError, match="out': exists; give --force"):
         export_lance(checkpoint, out)
     (tmp_path / "other").mkdir()
-    with pytest.raises(ExportError, match=r"holds no llm_config.json, so it is no export; name another folder"):
+    with pytest.raises(ExportError, match=r"holds no export.json, so it is no export; name another folder"):
         export_lance(checkpoint, tmp_path / "other", force=True)
 
 

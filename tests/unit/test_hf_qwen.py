@@ -16,7 +16,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from megatron_lance.checkpoint.hf_lance import public_shapes
-from megatron_lance.checkpoint.hf_qwen import import_qwen, vit_shapes
+from megatron_lance.checkpoint.hf_qwen import import_qwen
+from megatron_lance.checkpoint.hf_vit import expected_shapes, vit_shapes
 from megatron_lance.checkpoint.manifest import open_checkpoint
 from megatron_lance.checkpoint.public_files import CheckpointError
 from megatron_lance.checkpoint.store import load_model
@@ -35,6 +36,7 @@ from megatron_lance.packing.sample import Pack, Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
 from megatron_lance.parallel.dispatch import rank_batch
 from tests.command import Commander
+from tests.unit.released_vit import released_vit
 from tests.unit.tiny_model import one_rank
 
 VOCABULARY, HIDDEN = 96, 32
@@ -299,14 +301,6 @@ def test_the_released_vit_has_the_public_names() -> None:
     config = Qwen2_5_VLVisionConfig(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048
     )
-    want = {"patch_embed.proj.weight": (1280, 3, 2, 14, 14), "merger.ln_q.weight": (1280,)}
-    for name, shape in (("0", (5120, 5120)), ("2", (2048, 5120))):
-        want |= {f"merger.mlp.{name}.weight": shape, f"merger.mlp.{name}.bias": shape[:1]}
-    for block in range(32):
-        want |= {f"blocks.{block}.norm{i}.weight": (1280,) for i in (1, 2)}
-        linears = {"attn.qkv": (3840, 1280), "attn.proj": (1280, 1280), "mlp.down_proj": (1280, 3420)}
-        linears |= {"mlp.gate_proj": (3420, 1280), "mlp.up_proj": (3420, 1280)}
-        for name, shape in linears.items():
-            want |= {f"blocks.{block}.{name}.weight": shape, f"blocks.{block}.{name}.bias": shape[:1]}
-    assert vit_shapes(config) == want and len(want) == 390
+    want = released_vit()
+    assert vit_shapes(config) == expected_shapes(want, 2048) == want and len(want) == 390
     assert len(public_shapes(ModelConfig())) + 1 + len(want) == 1411

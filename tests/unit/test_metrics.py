@@ -11,11 +11,38 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_lance.training.metrics import MetricsWriter, StepMetrics
 
 
-def write(folder: Path, steps: range, loss: float, steps_done: int = 0) -> None:
+def write(folder: Path, steps: range, loss: float, steps_done: int = 0, mfu: float | None = None) -> None:
     with MetricsWriter(folder, True, steps_done) as writer:
         for step in steps:
             writer.write(
-                StepMetrics(step, loss, 0.0, 0.0, 1.0, 1e-3, 1.0, 1.0, 1.0, 0.1, 0, {"t2i": loss}, False, 0.0, 0.0)
+                StepMetrics(
+                    step=step,
+                    loss=loss,
+                    ce_loss=0.0,
+                    velocity_loss=0.0,
+                    grad_norm=1.0,
+                    learning_rate=1e-3,
+                    tokens_per_second=1.0,
+                    tflops=2.0,
+                    mfu=mfu,
+                    bagel_tflops=3.0,
+                    bagel_mfu=mfu,
+                    fill=1.0,
+                    step_seconds=1.0,
+                    data_seconds=0.1,
+                    read_seconds=0.05,
+                    read_retries=0,
+                    reader_restarts=0,
+                    broken=0,
+                    loss_by_task={"t2i": loss},
+                    loss_by_source={"pictures": 2 * loss},
+                    grad_norm_by_expert={"und": 3.0, "gen": 4.0, "shared": 0.0},
+                    tokens_seen={"text": 10 * step},
+                    memory_bytes=2**30,
+                    skipped=False,
+                    save_stall_seconds=0.0,
+                    save_seconds=0.0,
+                )
             )
 
 
@@ -32,6 +59,8 @@ def test_a_resumed_run_drops_later_steps(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for name in ("train/loss", "train/loss/t2i"):
         assert [(event.step, event.value) for event in board.Scalars(name)] == list(losses(tmp_path).items())
+    parts = {"loss_of_source/pictures": 2.0, "grad_norm/gen": 4.0, "tokens_seen/text": 10.0, "memory_bytes": 2.0**30}
+    assert {name: board.Scalars(f"train/{name}")[0].value for name in parts} == parts
 
 
 def test_a_fresh_start_begins_anew(tmp_path: Path) -> None:
@@ -47,3 +76,14 @@ def test_a_torn_line_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture
     write(tmp_path, range(3, 4), 2.0, steps_done=2)
     assert losses(tmp_path) == {1: 1.0, 2: 1.0, 3: 2.0}
     assert "dropped an incomplete line" in caplog.text
+
+
+def test_utilisation_stands_where_the_peak_is_known(tmp_path: Path) -> None:
+    write(tmp_path / "known", range(1, 2), 1.0, mfu=0.4)
+    write(tmp_path / "unknown", range(1, 2), 1.0)
+    for name, mfu in (("known", 0.4), ("unknown", None)):
+        line = json.loads((tmp_path / name / "metrics.jsonl").read_text())
+        assert (line["tflops"], line["bagel_tflops"]) == (2.0, 3.0)
+        assert (line["mfu"], line["bagel_mfu"]) == (mfu, mfu)
+        board = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        assert ("train/mfu" in board.Tags()["scalars"]) == (mfu is not None)

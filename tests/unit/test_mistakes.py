@@ -17,7 +17,10 @@ import torch
 import yaml
 
 from megatron_lance.checkpoint.digests import digests_of, files_in
+from megatron_lance.checkpoint.hf_export import llm_config
+from megatron_lance.checkpoint.hf_import import import_lance
 from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, DataIdentity, Manifest
+from megatron_lance.data.encoding_cache import CacheWriter
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.prompt import Tokenizer
 from tests.command import Commander
@@ -87,6 +90,16 @@ def _write_data(folder: Path) -> None:
     shutil.copy(folder / "grown" / "text2video.parquet", folder / "grown" / "text2image.parquet")
 
 
+def _write_prompts(folder: Path) -> None:
+    """Prompt lists that are wrong in one way each, below `wrong/`."""
+    prompts = folder / "wrong" / "prompts.jsonl"
+    prompts.write_text('{"task": "t2i", "caption": "a"}\n{"task": "t2i", "text": "b"}\n', encoding="utf-8")
+    (folder / "wrong" / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2, encoding="utf-8")
+    (folder / "wrong" / "no_picture.jsonl").write_text(
+        '{"task": "i_edit", "instruction": "a", "image": "cut_short.parquet"}\n', encoding="utf-8"
+    )
+
+
 def _write_tokenizers(folder: Path) -> None:
     write_tokenizer(folder / "wrong" / "tokenizer_without_pads", special=[s for s in SPECIAL if "pad" not in s])
     (folder / "wrong" / "tokenizer_torn").mkdir()
@@ -104,6 +117,10 @@ def _write_indices(folder: Path) -> None:
     (folder / "wrong" / "index_torn" / "packs.arrow").write_bytes(b"ARROW1")
 
 
+def _write_cache(folder: Path) -> None:
+    CacheWriter(folder / "wrong" / "cache", {"vit": "of another seed"})
+
+
 def _write_weights(folder: Path, run: TinyRun) -> None:
     """Weights in the public layout: good ones, and some that do not fit."""
     model, wrong = run.load().model, folder / "wrong"
@@ -114,6 +131,20 @@ def _write_weights(folder: Path, run: TinyRun) -> None:
     write_weights(wrong / "weights_infinite", model, {bias: torch.full((model.hidden_size,), float("inf"))})
     (wrong / "weights_torn").mkdir()
     (wrong / "weights_torn" / "model.safetensors").write_bytes(b"not tensors")
+
+
+def _write_released(folder: Path, run: TinyRun) -> None:
+    """Folders like a release: a good one and what was imported of it, and others with a wrong ViT or configuration."""
+    model, wrong = run.load().model, folder / "wrong"
+    config = llm_config(model, dict.fromkeys(SPECIAL, 0), "float32")
+    for name, tensors, changes in (
+        ("released", {}, {}),
+        ("released_vit", {"vit_model.typo.weight": torch.zeros(3)}, {}),
+        ("released_config", {}, {"num_hidden_layers": "3", "rope_inv_freq_dtype": "fp16"}),
+    ):
+        write_weights(wrong / name, model, tensors)
+        (wrong / name / "llm_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    import_lance(wrong / "released", wrong / "imported")
 
 
 def _write_checkpoints(folder: Path, run: TinyRun) -> None:
@@ -139,9 +170,12 @@ def workshop(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(tiny_run.folder, folder)
     _write_configs(folder, tiny_run.config)
     _write_data(folder)
+    _write_prompts(folder)
     _write_tokenizers(folder)
     _write_indices(folder)
+    _write_cache(folder)
     _write_weights(folder, tiny_run)
+    _write_released(folder, tiny_run)
     _write_checkpoints(folder, tiny_run)
     used = folder / "wrong" / "used" / "checkpoints" / "step_00000005"
     used.mkdir(parents=True)

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lance.objectives.flow_matching import draw_noise, loss_rows, shift_timestep
-from megatron_lance.objectives.losses import TASKS, LossCounts, sums_by_task, total_loss, velocity_error, weighted_sum
+from megatron_lance.objectives.losses import (
+    TASKS,
+    LossCounts,
+    sums_by_source,
+    sums_by_task,
+    total_loss,
+    velocity_error,
+    weighted_sum,
+)
 from megatron_lance.packing.batch import PackNoise
 from megatron_lance.packing.rng import stream
 from megatron_lance.packing.sample import Pack, Sample, Task
@@ -189,6 +197,21 @@ def test_sums_and_counts_by_task() -> None:
         generation("a").task: rows,
         Task.I2T: 6,
     }
+    assert counts.by_source == {}
+
+
+def test_sums_and_counts_by_source() -> None:
+    per_row = torch.tensor([1.0, 10.0, 100.0, 1000.0], requires_grad=True)
+    sums = sums_by_source(per_row, torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([2, 2, 0, 2]), 3)
+    assert sums.tolist() == [100.0, 0.0, 1001.0] and not sums.requires_grad
+    assert sums_by_source(per_row, torch.ones(4), torch.zeros(4, dtype=torch.int64), 0).shape == (0,)
+    answer = Sample("q", Task.I2T, (Segment.text(6),), ((3, 6),))
+    packs = [pack_of(generation("a"), answer), pack_of(answer)]
+    counts = LossCounts.of(packs, [("pictures", "questions"), ("others",)])
+    rows = generation("a").velocity_rows
+    assert counts.by_source == {"others": 3, "pictures": rows, "questions": 3}
+    more = counts.plus(LossCounts.of(packs[1:], [("questions",)]))
+    assert more.by_source == {"others": 3, "pictures": rows, "questions": 6} and more.ce == 9
 
 
 def test_total_loss_is_weighted_means_of_global_counts() -> None:

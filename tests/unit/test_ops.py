@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_lance.ops.attention import BACKENDS, _calls, joint_attention
+from megatron_lance.ops.attention import BACKENDS, joint_attention, kernel_calls
 from megatron_lance.ops.mape import inverse_frequencies, rotary_angles, rotate
 from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.sample import Pack, Sample, Task
@@ -217,6 +217,6 @@ def test_chunks_of_a_visual_segment_are_one_call() -> None:
     pack = Pack((Sample("s", Task.T2I, (Segment.text(9), noise, Segment.text(3))),), 100)
     plan = AttentionPlan.from_pack(pack).restrict([(0, 4), (9, 20), (30, 41), (50, 60), (76, 78)])
     assert len(plan.slices) == 5
-    calls = list(_calls(plan))
+    calls = list(kernel_calls(plan))
     assert [(queries, causal) for queries, _, causal in calls] == [(4, True), (32, False), (2, True)]
     assert calls[1][1] == plan.slices[1].keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -18,10 +19,11 @@ import pytest
 
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import DataConfig, PromptConfig, SourceConfig
+from megatron_lance.data import pack_index, pack_index_format
 from megatron_lance.data.loader import PackReader
 from megatron_lance.data.mixture import Draw, MixtureSource, mix
 from megatron_lance.data.pack_index import PackIndex
-from megatron_lance.data.pack_index_format import INDEX_FILE, VERSION, PackIndexError, PlannedRow, shaping_values
+from megatron_lance.data.pack_index_format import BATCH, INDEX_FILE, VERSION, PackIndexError, PlannedRow, shaping_values
 from megatron_lance.data.prepack import prepack
 from megatron_lance.data.prompt import Tokenizer, TokenizerError
 from megatron_lance.data.records import DataSetError, RecordReader
@@ -107,6 +109,24 @@ def test_numbers_go_on_with_new_epochs(index: PackIndex) -> None:
     assert later.pack == first.pack and later.media == first.media
     highest = max(epoch for k in range(n) for epoch in index.pack(k).epochs)
     assert later.epochs == tuple(epoch + highest + 1 for epoch in first.epochs)
+
+
+@pytest.mark.parametrize("batch", [BATCH, 2], ids=["one record batch", "many"])
+def test_tokens_are_counted_by_kind_over_all_laps(
+    batch: int, config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (pack_index, pack_index_format):
+        monkeypatch.setattr(module, "BATCH", batch)
+    index = prepack(replace(config, pack_index=str(tmp_path / "index")), MODEL, SEED, 2, progress=False)
+    assert len(index) > 2
+    seen = dict.fromkeys(("text", "vit", "clean", "noise"), 0)
+    for number in range(2 * len(index) + 1):
+        assert index.tokens_before(number) == seen
+        for segment in (s for sample in index.pack(number).pack.samples for s in sample.segments):
+            seen["text"] += segment.length - segment.content_length
+            seen[str(segment.kind)] += segment.content_length
+    assert min(seen.values()) > 0
+    assert sum(index.tokens_before(len(index)).values()) == index.counts["tokens"]
 
 
 def test_pack_as_text_shows_every_segment(index: PackIndex) -> None:
@@ -220,6 +240,12 @@ def test_sample_longer_than_a_pack_is_reported(config: DataConfig, tmp_path: Pat
     lines = unusable_lines(index)
     assert ["exceed data.seq_length 800" in line["cause"] for line in lines] == [True]
     assert max(index.pack(n).pack.length for n in range(len(index))) <= 800
+    shorter = replace(config, seq_length=1100, max_sample_length=800, pack_index=str(tmp_path / "shorter"))
+    bounded = prepack(replace(shorter, facts=f"{tmp_path}/index.facts"), MODEL, SEED, 2, progress=False)
+    assert ["exceed data.max_sample_length 800" in line["cause"] for line in unusable_lines(bounded)] == [True]
+    assert max(row.sample.length for row in planned_rows(bounded)) <= 800
+    assert max(bounded.pack(n).pack.length for n in range(len(bounded))) > 800
+    shutil.rmtree(tmp_path / "shorter")
     with pytest.raises(DataSetError, match="none of its [0-9]+ rows .* exceed data.seq_length 10"):
         prepack(replace(config, seq_length=10, pack_index=str(tmp_path / "none")), MODEL, SEED, 2, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.facts", "none.facts"]

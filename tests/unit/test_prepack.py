@@ -83,6 +83,20 @@ def test_planning_again_probes_nothing(config: DataConfig, probed: list[int], tm
     assert len(probed) == 12 and again.counts["samples"] == 24
 
 
+def test_an_index_is_of_one_dropout_scheme(config: DataConfig) -> None:
+    every = replace(config, caption_dropout=0.0, condition_dropout=1.0)
+    paper, release = plan(every, dropout_scheme="paper", pack_index=f"{config.pack_index}2"), plan(every)
+    assert paper.hash != release.hash
+
+    def dropped(index: PackIndex) -> set[bool]:
+        rows = [row for number in range(len(index)) for row in index.pack(number).rows]
+        return {row.dropout.caption for row in rows if row.sample.task.is_generation}
+
+    assert (dropped(paper), dropped(release)) == ({True}, {False})
+    with pytest.raises(PackIndexError, match="data.dropout_scheme: index has 'release', run has 'paper'"):
+        release.check({**release.shaping, "data": {**release.shaping["data"], "dropout_scheme": "paper"}})
+
+
 def test_a_new_shard_costs_itself_and_a_changed_one_too(config: DataConfig, probed: list[int], tmp_path: Path) -> None:
     plan(config)
     probed.clear()

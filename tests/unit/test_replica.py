@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lance.encoders.replica import share_out
+from megatron_lance.data.shares import share_out
 
 COSTS = st.lists(st.integers(0, 1000), max_size=40)
 RANKS = st.integers(1, 8)

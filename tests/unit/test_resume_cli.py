@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_lance.checkpoint.manifest import checkpoint_at
+from megatron_lance.checkpoint.manifest import checkpoint_at, open_checkpoint
 from megatron_lance.data.prompt import Tokenizer
 from tests.command import Commander
 from tests.tiny import TinyRun
@@ -50,7 +50,7 @@ def test_a_run_goes_on_and_is_exported(command: Commander, train: str, tmp_path:
 def last_preview(run_dir: Path) -> bytes:
     """The picture that TensorBoard shows, as PNG."""
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
-    picture: bytes = board.Images("preview/square")[-1].encoded_image_string
+    picture: bytes = board.Images("preview/00 t2i square")[-1].encoded_image_string
     return picture
 
 
@@ -58,7 +58,8 @@ def test_averaged_weights_are_drawn_sampled_and_exported(
     command: Commander, train: str, tmp_path: Path, tiny_run: TinyRun
 ) -> None:
     """Drawn and sampled are the pictures of the export, and others than those of the run's own weights."""
-    preview = "preview.captions=[square] preview.height=32 preview.width=32 preview.steps=2"
+    (tmp_path / "prompts.jsonl").write_text('{"task": "t2i", "caption": "square"}\n', encoding="utf-8")
+    preview = "preview.prompts=prompts.jsonl preview.height=32 preview.width=32 preview.steps=2"
     for line in (
         f"{train} {preview} preview.ema=true training.train_iters=2 training.ema_decay=0.9 optimizer.lr=0.02",
         "convert_checkpoint export-lance run out --weights ema",
@@ -82,17 +83,26 @@ def test_averaged_weights_are_drawn_sampled_and_exported(
 
 
 def test_a_checkpoint_is_written_again_in_another_kind(command: Commander, train: str, tmp_path: Path) -> None:
-    assert command(f"{train} training.train_iters=2", folder=tmp_path).code == 0
-    again = f"{train} training.resume=2 training.train_iters=2"
-    for kind in ("fully_reshardable", "dp_reshardable"):
+    """Optimizer state and all, and whatever came after it stays."""
+    assert command(f"{train} training.train_iters=2 training.save_interval=1", folder=tmp_path).code == 0
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = f"{train} training.resume=1 training.train_iters=1"
+    for kind in ("fully_reshardable", "dp_reshardable", "fully_reshardable"):
         done = command(f"{again} training.save_format={kind}", folder=tmp_path)
         assert done.code == 0 and f"nothing to train: its state is written again as {kind}" in done.err, done.err
-        assert checkpoint_at(tmp_path / "run").manifest.optimizer == kind
-    more = command(f"{train} training.resume=auto training.train_iters=3", folder=tmp_path)
+        checkpoints = tmp_path / "run" / "checkpoints"
+        assert open_checkpoint(checkpoints / "step_00000001").manifest.optimizer == kind
+        assert checkpoint_at(tmp_path / "run").manifest.step == 2 and (checkpoints / "step_00000002").is_dir()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    idle = command(again + " training.save_format=fully_reshardable", folder=tmp_path)
+    assert idle.code == 0 and "nothing to train: training.train_iters 1 are done; raise it" in idle.err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+    more = command(f"{train} training.resume=1 training.train_iters=3", folder=tmp_path)
     straight = command(f"{train} training.run_dir=straight training.train_iters=3", folder=tmp_path)
     assert (more.code, straight.code) == (0, 0)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1] for name in ("run", "straight")]
-    assert json.loads(lines[0])["loss"] == json.loads(lines[1])["loss"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("run", "straight")]
+    losses = [[json.loads(line)["loss"] for line in each] for each in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == 3  # the third shows what the second's update made of the state
 
 
 def test_progress_bar_stands_for_log_lines(command: Commander, train: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -30,7 +29,6 @@ from megatron_lance.sampling.flow_sampler import (
     without_conditions,
 )
 from megatron_lance.sampling.media import contact_sheet, to_frames, write_mp4, write_png
-from megatron_lance.sampling.prompt_list import LAYOUTS, Line
 from megatron_lance.sampling.requests import Prompt, PromptError, RequestBuilder
 from megatron_lance.sampling.text_decoder import DecoderSettings, Question, choose
 from tests.command import Commander
@@ -264,21 +262,6 @@ def test_tokens_are_chosen_greedily_or_from_the_likeliest() -> None:
         DecoderSettings(top_p=1.5)
 
 
-def test_benchmark_layouts_name_their_files() -> None:
-    row = {"prompt": "a/b", "id": "x7", "task_type": "color", "instruction_language": "en", "key": "k1"}
-    line = Line(3, row, Task.T2I, ("a/b",), (), None, None, 0)
-    names = {name: line.path(layout, 2, ".png", layout.copies) for name, layout in LAYOUTS.items() if layout.path}
-    assert names == {
-        "flat": "0003.png",
-        "geneval": "00003/samples/00002.png",
-        "dpg": "x7.png",
-        "vbench": "a_b-2.png",
-        "gedit": "fullset/color/en/k1.png",
-    }
-    with pytest.raises(PromptError, match="'task_type'"):
-        replace(line, row={"prompt": "a"}).path(LAYOUTS["gedit"], 0, ".png", 1)
-
-
 def test_files_keep_pixels_and_prompt(tmp_path: Path) -> None:
     ramp = torch.linspace(-1.5, 1.5, 32).expand(3, 9, 32, 32)
     frames = to_frames(ramp)
@@ -300,15 +283,12 @@ def test_files_keep_pixels_and_prompt(tmp_path: Path) -> None:
 def trained(command: Commander, tiny_run: TinyRun, tmp_path: Path) -> str:
     """Options of a run of one step and its export."""
     line = f"train --config {tiny_run.config} training.run_dir=run training.train_iters=1"
-    pictures = "preview.captions=[a,b] preview.height=32 preview.width=32 preview.steps=2"
-    assert command(f"{line} {pictures}", folder=tmp_path).code == 0
+    assert command(line, folder=tmp_path).code == 0
     assert command("convert_checkpoint export-lance run out", folder=tmp_path).code == 0
     return f"--config {tmp_path}/run/config.yaml --weights {tmp_path}/out"
 
 
 def test_sampling_from_an_export_and_judging(command: Commander, trained: str, tmp_path: Path) -> None:
-    (event_file,) = (tmp_path / "run" / "tensorboard").glob("events*")
-    assert b"preview/a" in event_file.read_bytes() and b"PNG" in event_file.read_bytes()
     scenes = [random_scene(np.random.Generator(np.random.Philox(i)), moves=i == 1) for i in range(2)]
     rows = [
         {"task": task, "caption": caption(scene, 0), "expected": scene.attributes}

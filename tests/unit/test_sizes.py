@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -168,3 +169,33 @@ def test_impossible_pictures_and_resolutions_are_refused() -> None:
         bucket_size(10, 10, 16)
     with pytest.raises(ValueError, match="smaller than one 28-pixel cell"):
         vit_size(2100, 900, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "sides", "wide", "want"),
+    [
+        (vae_size, 640, (480, 848), (21, 9), (480, 848)),  # 416x976 is too low and too long
+        (vae_size, 640, (480, 848), (16, 9), (480, 848)),
+        (vae_size, 640, (), (21, 9), (416, 976)),
+        (vae_size, 256, (192, 848), (21, 9), (192, 336)),
+        (vit_size, 616, (448, 812), (21, 9), (448, 812)),
+        (vit_size, 616, (449, 812), (16, 9), (504, 700)),  # the cropped size counts, not the bucket 464x832
+        (vit_size, 224, (168, 812), (16, 9), (168, 252)),
+    ],
+)
+def test_sides_leave_out_buckets(
+    size: Callable[..., tuple[int, int]],
+    resolution: int,
+    sides: tuple[int, ...],
+    wide: tuple[int, int],
+    want: tuple[int, int],
+) -> None:
+    width, height = 100 * wide[0], 100 * wide[1]
+    assert size(width, height, resolution, sides) == want
+    if wide != (21, 9):
+        assert size(height, width, resolution, sides) == want[::-1]
+
+
+def test_sides_that_allow_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sides \[600, 620\]: allow none of the sizes 416x976, .* of resolution 640"):
+        vae_size(1, 1, 640, (600, 620))

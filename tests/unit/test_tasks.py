@@ -232,6 +232,32 @@ def test_dropout_is_addressed_and_has_the_configured_rate() -> None:
     assert draw_dropout(replace(config, caption_dropout=1.0), 1, "s/f/0", Task.I2T, 1, 0) == Dropout()
 
 
+ALL, TEXT, NOTHING = Dropout(True, (0, 1)), Dropout(caption=True), Dropout()
+
+
+@pytest.mark.parametrize(
+    ("caption", "everything"),
+    [(0.1, 0.0), (0.05, 0.05), (0.3, 0.7)],
+    ids=["pre-training", "continued training and fine-tuning", "always something"],
+)
+def test_the_papers_scheme_drops_everything_or_the_caption_alone(caption: float, everything: float) -> None:
+    config = DataConfig(dropout_scheme="paper", caption_dropout=caption, condition_dropout=everything)
+    samples = 4000
+
+    def draw(epoch: int) -> list[Dropout]:
+        return [draw_dropout(config, 2, f"s/f/{row}", Task.S2I, 1, epoch) for row in range(samples)]
+
+    drawn = draw(0)
+    assert drawn == draw(0) and drawn != draw(1)
+    shares = {what: drawn.count(what) / samples for what in (TEXT, ALL, NOTHING)}
+    assert sum(shares.values()) == pytest.approx(1.0)  # nothing else occurs
+    for what, want in ((TEXT, caption), (ALL, everything), (NOTHING, 1 - caption - everything)):
+        assert shares[what] == pytest.approx(want, abs=4 * (want * (1 - want) / samples) ** 0.5 + 1e-9)
+    assert draw_dropout(replace(config, caption_dropout=1.0), 1, "s/f/0", Task.V2T, 1, 0) == NOTHING
+    without = [draw_dropout(config, 0, f"s/f/{row}", Task.T2I, 1, 0).caption for row in range(samples)]
+    assert without == [what != NOTHING for what in drawn]  # a caption to a picture has nothing else to drop
+
+
 @pytest.mark.parametrize(
     ("record", "task", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ EXAMPLES = sorted((REPOSITORY / "examples" / "configs").glob("**/*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_print_config_of_every_example_round_trips(path: Path, command: Commander, tmp_path: Path) -> None:
-    world = f"--world-size {load_config([str(path)]).parallel.tensor_model_parallel_size}"  # the examples' smallest
+    p = load_config([str(path)]).parallel
+    degrees = p.tensor_model_parallel_size, p.context_parallel_size, p.pipeline_model_parallel_size
+    world = f"--world-size {math.prod(degrees)}"  # the smallest
     printed = command(f"train --config {path} --print-config {world} training.train_iters=7000 data.sources='[]'")
     assert (printed.code, printed.err) == (0, "")
     copy = tmp_path / "copy.yaml"

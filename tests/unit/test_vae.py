@@ -89,6 +89,41 @@ def test_wan_is_causal(wan: WanAutoencoder) -> None:
     torch.testing.assert_close(wan.decode(latents)[:, :5], wan.decode(latents[:2]))
 
 
+def tiled(tile: int) -> WanAutoencoder:
+    """The tiny random model, decoding in tiles."""
+    vae = build_vae(dataclasses.replace(WAN, vae_tile=tile), CHANNELS, seed=5)
+    assert isinstance(vae, WanAutoencoder)
+    return vae
+
+
+def test_wan_tiles_of_whole_frames_change_nothing(wan: WanAutoencoder) -> None:
+    latents = noise(2, 4, 4, CHANNELS)
+    assert torch.equal(tiled(64).decode(latents), wan.decode(latents))
+    assert torch.equal(tiled(64).encode(pixels(5, 96, 128)), wan.encode(pixels(5, 96, 128)))
+
+
+def test_wan_tiles_are_blended_decodes_of_their_latents(wan: WanAutoencoder) -> None:
+    """Two tiles of 4 x 4 cells that share a column of cells: apart from it each decodes as if alone, in it between."""
+    latents = noise(2, 4, 7, CHANNELS)
+    found = tiled(64).decode(latents)
+    left, right = wan.decode(latents[:, :, :4]), wan.decode(latents[:, :, 3:])
+    assert found.shape == (3, 5, 64, 112)
+    torch.testing.assert_close(found[..., :48], left[..., :48])
+    torch.testing.assert_close(found[..., 64:], right[..., 16:])
+    share = (torch.arange(16) + 0.5) / 16
+    torch.testing.assert_close(found[..., 48:64], left[..., 48:] * (1 - share) + right[..., :16] * share)
+
+
+def test_wan_tiles_cover_frames_of_any_size(wan: WanAutoencoder) -> None:
+    """Equal tiles of equal latents: their mean is what each of them gives, wherever they lie."""
+    for height, width in ((6, 4), (5, 9), (13, 4)):
+        found = tiled(64).decode(torch.ones(1, height, width, CHANNELS))
+        assert found.shape == (3, 1, height * 16, width * 16) and found.isfinite().all()
+        alone = wan.decode(torch.ones(1, 4, 4, CHANNELS))
+        torch.testing.assert_close(found[..., :16, :16], alone[..., :16, :16])
+        torch.testing.assert_close(found[..., -16:, -16:], alone[..., -16:, -16:])
+
+
 def test_wan_normalises_with_the_published_statistics() -> None:
     vae = WanAutoencoder.build(WAN, 48, seed=5)
     mean, std = (torch.tensor(WAN22_CONFIG[key]) for key in ("latents_mean", "latents_std"))

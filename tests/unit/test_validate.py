@@ -81,6 +81,20 @@ def test_degrees_print_the_equation() -> None:
     [
         (3, [], "training.global_batch_size = 4: must be divisible by dp 3 = world size 3 / (tp 1 x cp 1 x pp 1)"),
         (1, ["training.micro_batch_size=2"], "training.micro_batch_size = 2: a pack is a micro-batch; set 1"),
+        (1, ["data.vae_sides=[848,480]"], "data.vae_sides = [848, 480]: must be the least short side and the greatest"),
+        (1, ["data.vit_sides=[28]"], "data.vit_sides = [28]: must be the least short side and the greatest long side"),
+        (
+            1,
+            ["data.max_sample_length=4097"],
+            "data.max_sample_length = 4097: must be positive and not above data.seq_length 4096; change it or set null",
+        ),
+        (1, ["training.freeze=[vit]"], "training.freeze = ['vit']: must be some of embeddings, head, und, each once"),
+        (1, ["training.freeze=[und,und]"], "training.freeze = ['und', 'und']: must be some of embeddings, head, und"),
+        (
+            1,
+            ["data.dropout_scheme=paper", "data.caption_dropout=0.75", "data.condition_dropout=0.5"],
+            "data.caption_dropout = 0.75: with data.condition_dropout 0.5 is 1.25, but data.dropout_scheme paper drops",
+        ),
         (
             2,
             [PP2, VPP2, "training.global_batch_size=3"],

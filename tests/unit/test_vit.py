@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from megatron_lance.config.schema import EncoderConfig
 from megatron_lance.encoders.vit import VitEncoder, patchify
 from megatron_lance.encoders.weights import EncoderError
+from tests.unit.released_vit import released_vit
 
 HIDDEN = 48
 
@@ -197,3 +198,24 @@ def test_wrong_clip(encoder: VitEncoder, pixels: torch.Tensor) -> None:
 def test_wrong_size(encoder: VitEncoder) -> None:
     with pytest.raises(ValueError, match="clip 0 of 28x42 pixels"):
         encoder.encode([clip(1, 28, 42)])
+
+
+def test_the_released_file_is_read_by_its_names(tmp_path: Path) -> None:
+    """Every name of the released vit.safetensors, at tiny sizes, and what the config.json beside it says."""
+    shapes = released_vit(depth=32, width=16, ffn=20, out=HIDDEN)
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: torch.from_numpy(0.2 * rng.standard_normal(shape, dtype=np.float32)) for name, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "vit.safetensors")
+    config = {"depth": 32, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": HIDDEN}
+    config |= {"in_chans": 3, "patch_size": 14, "spatial_patch_size": 14, "temporal_patch_size": 2}
+    config |= {"spatial_merge_size": 2, "window_size": 112, "tokens_per_second": 2}
+    content = {**config, "hidden_act": "silu", "fullatt_block_indexes": [7, 15, 23, 31]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    encoder = VitEncoder.build(EncoderConfig(vit_path=str(tmp_path)), HIDDEN, seed=0)
+    found = dict(encoder.vision.named_parameters())
+    assert len(found) == 390 and found.keys() == tensors.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(found[name], tensor)] == []
+    (rows,) = encoder.encode([clip(2, 56, 84)])
+    assert rows.shape == (6, HIDDEN) and bool(rows.isfinite().all())

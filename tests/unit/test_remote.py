@@ -1,0 +1,114 @@
+"""Remote storage that fails for a moment, or for good."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from megatron_lance.config.schema import SourceConfig
+from megatron_lance.data.records import DataSetError, RecordError, RecordReader
+from megatron_lance.data.remote import ATTEMPTS, PatientReads, is_local
+
+
+class Moody(MemoryFileSystem):
+    """A memory file system of its own that fails as often as `failures` says."""
+
+    protocol = "moody"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("moody://").strip("/")
+
+    def _fail(self) -> None:
+        if Moody.failures:
+            Moody.failures -= 1
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    def _open(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        self._fail()
+        return super()._open(path, *args, **kwargs)
+
+    def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
+        self._fail()
+        return bytes(super().cat_file(path, *args, **kwargs))
+
+
+fsspec.register_implementation("moody", Moody, clobber=True)
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short waits."""
+    monkeypatch.setattr("megatron_lance.data.remote.FIRST_WAIT", 0.001)
+
+
+@pytest.fixture
+def rows() -> RecordReader:
+    """A data set of references to media beside it."""
+    fs, Moody.failures = Moody(), 0
+    file = io.BytesIO()
+    pq.write_table(pa.table({"caption": ["a cat", "a dog"], "image_bytes": ["cat.png", "lost.png"]}), file)
+    fs.pipe({"/set/a.parquet": file.getvalue(), "/set/cat.png": b"pixels of a cat"})
+    return RecordReader(SourceConfig("pets", "moody://set", "t2i", raw_bytes_input=False))
+
+
+def test_reads_that_fail_for_a_moment_are_repeated(rows: RecordReader, caplog: pytest.LogCaptureFixture) -> None:
+    Moody.failures = 2
+    assert rows.record("a.parquet", 0).inputs == ("a cat",)
+    assert rows.retries == 2
+    assert "/set/a.parquet: [Errno 104] Connection reset by peer; attempt 3 of 5 follows" in caplog.text
+    Moody.failures = ATTEMPTS - 1
+    assert rows.media("a.parquet", 0, "image_bytes") == b"pixels of a cat"
+    assert rows.retries == ATTEMPTS + 1
+    assert pickle.loads(pickle.dumps(rows)).retries == 0
+
+
+def test_a_column_is_read_from_a_file_opened_anew(rows: RecordReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rows.row_count("a.parquet") == 2
+    first = rows._parquet("a.parquet")
+
+    def lost(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(first, "read_row_group", lost)
+    assert rows.record("a.parquet", 1).inputs == ("a dog",)
+    assert rows.retries == 1 and rows._parquet("a.parquet") is not first
+
+
+def test_what_lasts_is_said_after_some_attempts_or_at_once(rows: RecordReader) -> None:
+    with pytest.raises(RecordError, match=r"'lost.png' cannot be read"):
+        rows.media("a.parquet", 1, "image_bytes")
+    assert rows.retries == 0  # a file that is not there will not come
+    Moody.failures = 99
+    with pytest.raises(RecordError, match=r"'cat.png' cannot be read .*Connection reset"):
+        rows.media("a.parquet", 0, "image_bytes")
+    assert rows.retries == ATTEMPTS - 1
+    with pytest.raises(DataSetError, match=r"a.parquet: is not a readable parquet file .*Connection reset"):
+        RecordReader(rows.source).row_count("a.parquet")
+
+
+def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+
+    def fail() -> None:
+        raise TimeoutError("no answer")
+
+    with pytest.raises(TimeoutError, match="no answer"):
+        PatientReads(0.5)("x", fail)
+    assert waits == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_errors_of_this_machines_files_last() -> None:
+    assert is_local(LocalFileSystem()) and not is_local(Moody())
