@@ -14,7 +14,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: env demo test torture equivalence lint type format
+.PHONY: env demo demo-long test torture equivalence lint type format
 
 env: $(STAMP)
 
@@ -27,6 +27,9 @@ $(STAMP): setup.py constraints.txt $(wildcard kernels/csrc/*)
 
 demo: env
 	$(BIN)/python tools/run_demo.py --force
+
+demo-long: env
+	$(BIN)/python tools/run_demo.py --force --out runs/demo_long --config examples/configs/demo_long.yaml --iters 3075
 
 test: env
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """The whole demo: data, prepack, training on two ranks, resume, export, samples, score.
 
-    python tools/run_demo.py [--out runs/demo] [--force] [--iters N]
+    python tools/run_demo.py [--out runs/demo] [--force] [--iters N] [--config examples/configs/demo_long.yaml]
 
 Each stage is one of the ordinary command lines, printed before it runs, so that any of them can be repeated by hand.
 Prints a summary and writes it to OUT/summary.json.
@@ -83,9 +83,9 @@ def torchrun(*arguments: str) -> list[str]:
     return [*launcher, *arguments]
 
 
-def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
+def stages(out: Path, iters: int, extra: int, file: str) -> list[tuple[str, list[str]]]:
     """The command line of every stage."""
-    config = ["--config", CONFIG]
+    config = ["--config", file]
     sources = [
         f"data.sources.{number}.path={out}/data/{name}.parquet"
         for number, name in enumerate(
@@ -97,7 +97,7 @@ def stages(out: Path, iters: int, extra: int) -> list[tuple[str, list[str]]]:
         f"data.pack_index={out}/packs",
         f"data.tokenizer={out}/data/tokenizer",
         f"preview.prompts={out}/data/preview.jsonl",
-        *([f"parallel.tensor_model_parallel_size={ranks()}"] if ranks() != 2 else []),
+        *([f"parallel.tensor_model_parallel_size={ranks()}"] if file == CONFIG and ranks() != 2 else []),
         *(sources if out != Path("runs/demo") else []),
     ]
     train = ["-m", "megatron_lance.training.train", *config, *place, "training.progress=true"]
@@ -168,6 +168,7 @@ def main() -> int:
     """Run all stages and print the summary; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the demo")
+    parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"of the training (default {CONFIG})")
     parser.add_argument("--iters", type=int, default=760, help="training steps before the resume")
     parser.add_argument("--extra", type=int, default=25, help="training steps after the resume")
     parser.add_argument("--force", action="store_true", help="delete an earlier demo in DIR")
@@ -175,7 +176,8 @@ def main() -> int:
     if options.out.exists() and not options.force:
         raise UserError(f"--out {options.out}: exists; give --force to delete it, or another folder")
     shutil.rmtree(options.out, ignore_errors=True)
-    done = [run_stage(name, command) for name, command in stages(options.out, options.iters, options.extra)]
+    commands = stages(options.out, options.iters, options.extra, options.config)
+    done = [run_stage(name, command) for name, command in commands]
     result = summary(options.out, done)
     (options.out / "summary.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print("\n== summary")

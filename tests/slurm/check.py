@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -112,6 +111,7 @@ def check(folder: Path, steps: int) -> dict[str, Any]:
         made.run("scontrol", "requeue", second)
         await_starts(made, second, 2)
         end = await_end(made, second)
+        version = made.run("sinfo", "--version")
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", "2"), end
     one, other = ([{name: line[name] for name in SAME} for line in metrics(run)] for run in (left_alone, stopped))
     assert [line["step"] for line in one] == list(range(1, steps + 1))
@@ -122,7 +122,7 @@ def check(folder: Path, steps: int) -> dict[str, Any]:
     reasons = [event["message"] for event in events if event.get("exit_code") == 6]
     assert "SIGUSR1" in reasons[0] and "SIGTERM" in reasons[1], reasons
     return {
-        "slurm": _version(),
+        "slurm": version,
         "steps": steps,
         "ranks": 2,
         "restarts": int(end["Restarts"]),
@@ -130,10 +130,6 @@ def check(folder: Path, steps: int) -> dict[str, Any]:
         "loss": [line["loss"] for line in other],
         "differing_values": 0,
     }
-
-
-def _version() -> str:
-    return subprocess.run(["sinfo", "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main(arguments: list[str] | None = None) -> int:
