@@ -176,7 +176,8 @@ def test_another_tensor_or_pipeline_layout_is_refused(runs: Runs) -> None:
     for part in (
         "parallel.tensor_model_parallel_size: 2 -> 1; parallel.pipeline_model_parallel_size: 1 -> 2",
         "the optimizer's state, dp_reshardable, loads on other dp and cp sizes only",
-        "with training.resume=3 training.train_iters=3 training.save_format=fully_reshardable and go on from that",
+        "with training.resume=3 training.train_iters=3 training.save_format=fully_reshardable "
+        "optimizer.lr_warmup_iters=0 and go on from that",
         "start from its weights by training.init_from",
     ):
         assert part in error
