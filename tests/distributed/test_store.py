@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,33 @@ class Trouble:
 
 
 @pytest.fixture(scope="module")
-def trouble(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Trouble:
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A file system that has room for one checkpoint but not for two; None where none can be mounted."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def trouble(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun, small_disk: Path | None) -> Trouble:
     found = Trouble(tmp_path_factory.mktemp("trouble"), tiny_run)
     found.add("good", "training.train_iters=3", "training.save_interval=1")
     found.run()
+    if small_disk is not None:
+        (found.folder / "small").symlink_to(small_disk)
     for name in ("torn", "torn_behind", "full", "killed", "killed_behind", "astray", "flipped", "asked"):
         shutil.copytree(found.folder / "good" / "checkpoints", found.folder / name / "checkpoints")
         shutil.rmtree(found.folder / name / "checkpoints" / "step_00000003")
         (found.folder / name / "checkpoints" / "latest").write_text("step_00000002\n", encoding="utf-8")
+    if small_disk is not None:
+        kept = small_disk / "checkpoints" / "step_00000002"
+        shutil.copytree(found.folder / "good" / "checkpoints" / "step_00000002", kept)
+        (kept.parent / "latest").write_text("step_00000002\n", encoding="utf-8")
+        found.add("small", "training.train_iters=3", "training.resume=auto")
     (found.folder / "blocked").mkdir()
     (found.folder / "blocked" / "checkpoints").write_text("a file")
     auto = ("training.train_iters=3", "training.resume=auto")
@@ -127,6 +148,17 @@ def test_a_save_that_fails_is_one_error_and_harms_nothing(trouble: Trouble, name
         checkpoint = checkpoint_at(trouble.folder / name)
         check_digests(checkpoint)
         assert checkpoint.manifest.step == 2
+
+
+def test_a_small_disk_keeps_the_checkpoint_that_fits(trouble: Trouble, small_disk: Path | None) -> None:
+    if small_disk is None:
+        pytest.skip("mounting a small file system needs rights that this process has not")
+    for said in trouble.said("small"):
+        assert re.search(
+            r"cannot be written: .*No space left on device: [0-9]+ bytes are needed, [0-9]+ are free", said
+        )
+    assert trouble.steps("small") == ["latest", "step_00000002"]
+    check_digests(checkpoint_at(small_disk))
 
 
 def test_all_ranks_go_on_from_the_checkpoint_that_the_first_found(trouble: Trouble) -> None:
