@@ -49,6 +49,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+REQUEUE_SECONDS = 15.0
+"""That a job which goes back into the queue may look as if it had ended."""
+
+
 def hurried(made: Cluster, number: str) -> dict[str, str]:
     """What SLURM knows of a job; one that was requeued need not wait two minutes, as SLURM wants it to."""
     job = made.job(number)
@@ -64,9 +69,12 @@ def await_step(made: Cluster, number: str, run_dir: Path, step: int) -> None:
         RuntimeError: if it ends before, or takes too long.
     """
     until = time.monotonic() + PATIENCE
+    alive = time.monotonic()
     while not any(line["step"] >= step for line in metrics(run_dir)):
         state = hurried(made, number)["JobState"]
-        if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") or time.monotonic() > until:
+        if state not in ENDS:
+            alive = time.monotonic()
+        if time.monotonic() > min(until, alive + REQUEUE_SECONDS):
             raise RuntimeError(f"job {number} is {state} before step {step}; see {run_dir}.log")
         time.sleep(0.1)
 
@@ -83,7 +91,10 @@ def await_starts(made: Cluster, number: str, restarts: int) -> None:
 def await_end(made: Cluster, number: str) -> dict[str, str]:
     """Wait for the end of a job."""
     until = time.monotonic() + PATIENCE
-    while (job := hurried(made, number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
+    alive = time.monotonic()
+    while (job := hurried(made, number))["JobState"] not in ENDS or time.monotonic() < alive + REQUEUE_SECONDS:
+        if job["JobState"] not in ENDS:
+            alive = time.monotonic()
         if time.monotonic() > until:
             raise RuntimeError(f"job {number} does not end: {job['JobState']}")
         time.sleep(0.5)
