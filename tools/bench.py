@@ -18,6 +18,7 @@ from megatron_lance.profiling.benchmarks import (
     mape_registers,
     packing,
     prepack,
+    row_groups,
 )
 from megatron_lance.profiling.provenance import provenance
 from megatron_lance.training import damaged_benchmark, plan_benchmark, sampling_benchmark, save_benchmark
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "sampling": sampling_benchmark,
     "save": save_benchmark,
     "prepack": prepack,
+    "row-groups": row_groups,
 }
 
 

@@ -113,6 +113,7 @@ class DataConfig:
     balance_replicas: int | None = None  # data-parallel size whose cost packs even out; null: half the global batch
     length_bands: int = 1  # 1: all steps alike; k: each step from one of k bands of length, packs in it more alike
     planning_window: int = 384  # packs that are formed at a time
+    mixing_row_groups: int = 8  # row groups of a source whose rows are drawn mixed; a read of one serves all its rows
     validation_fraction: float = 0.0  # share of rows, by a hash of their sample id, that training never sees
     vae_resolution: int = 640  # pixels; bucket area is its square
     vit_resolution: int = 616  # pixels

@@ -183,14 +183,10 @@ class _Graph:
             exec_dynamic=True,  # outputs stay valid across runs
         )
         with pipeline:
-            video: Any = fn.slice(
+            video: Any = fn.resize(
                 self._decode_node(),
-                start=_source("corner", DALIDataType.INT32),
-                shape=_source("window", DALIDataType.INT32),
-                axis_names="HW",
-            )
-            video = fn.resize(
-                video,
+                roi_start=_source("roi_start", DALIDataType.FLOAT),
+                roi_end=_source("roi_end", DALIDataType.FLOAT),
                 size=_source("bucket", DALIDataType.FLOAT),
                 interp_type=DALIInterpType.INTERP_CUBIC,
                 antialias=True,
@@ -206,8 +202,8 @@ class _Graph:
         """The inputs of one run by name, one array per sample."""
         windows = [crop_window(c.width, c.height, bucket) for c, (bucket, _) in zip(clips, shapes, strict=True)]
         feed: dict[str, list[np.ndarray]] = {
-            "corner": [np.array(w[:2], np.int32) for w in windows],
-            "window": [np.array(w[2:], np.int32) for w in windows],
+            "roi_start": [np.array(w[:2], np.float32) for w in windows],
+            "roi_end": [np.array((w[0] + w[2], w[1] + w[3]), np.float32) for w in windows],
             "bucket": [np.array(bucket, np.float32) for bucket, _ in shapes],
             "size": [np.array(size, np.float32) for _, size in shapes],
             "packets" if self._packets else "video": [c.payload for c in clips],

@@ -1,6 +1,6 @@
 """Mixture: in which order the rows of several sources are seen.
 
-Station: sources -> [mixture] -> record -> task.  In: rows and weight of each source, the seed.  Out: draws of
+Station: sources -> [mixture] -> record -> task.  In: row groups and weight of each source, the seed.  Out: draws of
 (source, row, epoch), the same for every run with the same arguments.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
@@ -17,11 +18,22 @@ from megatron_lance.packing.rng import stream
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A source as the mixture sees it: name, rows, and weight (relative share of samples)."""
+    """A source as the mixture sees it.
+
+    Attributes:
+        name: its own.
+        groups: rows of each row group, in the order of the files.
+        weight: relative share of samples.
+    """
 
     name: str
-    rows: int
+    groups: tuple[int, ...]
     weight: float
+
+    @property
+    def rows(self) -> int:
+        """Of all row groups."""
+        return sum(self.groups)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Draw:
     epoch: int
 
 
-def mix(sources: Sequence[MixtureSource], seed: int, epochs: int = 1) -> Iterator[Draw]:
+def mix(sources: Sequence[MixtureSource], seed: int, epochs: int, mixed_groups: int) -> Iterator[Draw]:
     """Draws of `epochs` epochs.
 
     An epoch has as many draws as the sources of positive weight together have rows.  Each next draw is from the source
@@ -47,10 +59,14 @@ def mix(sources: Sequence[MixtureSource], seed: int, epochs: int = 1) -> Iterato
     own that is new in each pass, and starts over when it is used up: with weights in proportion to the rows an epoch
     sees every row once; else small sources repeat within an epoch and large ones go on in the next.
 
+    In the order of a source its row groups are shuffled, and the rows of every `mixed_groups` of them: the rows of a
+    row group, which is read at once, are drawn in one stretch, yet neighbours in a file are not neighbours there.
+
     Args:
         sources: what is mixed.
         seed: the run's seed.
         epochs: how many.
+        mixed_groups: row groups whose rows are shuffled together.
 
     Raises:
         ConfigError: if there is no source, one has no rows, a weight is negative, or all are 0.
@@ -65,17 +81,26 @@ def mix(sources: Sequence[MixtureSource], seed: int, epochs: int = 1) -> Iterato
     weights = np.array([source.weight for source in sources], dtype=np.float64)
     if not weights.sum() > 0.0:
         raise ConfigError("data.sources: no source with a positive weight; add one")
-    return _draws(sources, weights / weights.sum(), seed, epochs)
+    orders = [_order(number, source, seed, mixed_groups) for number, source in enumerate(sources)]
+    return _draws(orders, weights / weights.sum(), epochs * sum(s.rows for s in sources if s.weight > 0.0))
 
 
-def _draws(sources: Sequence[MixtureSource], share: np.ndarray, seed: int, epochs: int) -> Iterator[Draw]:
-    drawn = np.zeros(len(sources), dtype=np.int64)
-    orders: dict[int, np.ndarray] = {}
-    rows = sum(source.rows for source in sources if source.weight > 0.0)
-    for position in range(epochs * rows):
+def _draws(orders: Sequence[Iterator[Draw]], share: np.ndarray, draws: int) -> Iterator[Draw]:
+    drawn = np.zeros(len(orders), dtype=np.int64)
+    for position in range(draws):
         i = int(np.argmax(share * (position + 1) - drawn))
-        epoch, at = divmod(int(drawn[i]), sources[i].rows)
-        if at == 0:
-            orders[i] = stream(seed, "mixture", sources[i].name, epoch).permutation(sources[i].rows)
         drawn[i] += 1
-        yield Draw(i, int(orders[i][at]), epoch)
+        yield next(orders[i])
+
+
+def _order(number: int, source: MixtureSource, seed: int, mixed_groups: int) -> Iterator[Draw]:
+    """All draws of a source, pass after pass, without end."""
+    starts = np.cumsum((0, *source.groups))
+    for epoch in count():
+        random = stream(seed, "mixture", source.name, epoch)
+        groups = random.permutation(len(source.groups))
+        for first in range(0, len(groups), mixed_groups):
+            together = groups[first : first + mixed_groups]
+            rows = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in together])
+            for row in random.permutation(rows).tolist():
+                yield Draw(number, row, epoch)

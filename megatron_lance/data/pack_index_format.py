@@ -32,7 +32,7 @@ from megatron_lance.packing.packer import mask_pairs
 from megatron_lance.packing.sample import Sample
 from megatron_lance.packing.segment import SegmentKind
 
-VERSION = 5
+VERSION = 6
 """Raised whenever the same configuration would give another index."""
 INDEX_FILE = "index.json"
 PACKS_FILE = "packs.arrow"

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,12 +74,14 @@ class _Source:
     Attributes:
         reader: lists its files.
         starts: first row of each file, and their sum.
+        group_starts: first row of each row group, and the number of rows.
         facts: of each file.
         chosen: rows that may be drawn, ascending; None: all.
     """
 
     reader: RecordReader
     starts: tuple[int, ...]
+    group_starts: tuple[int, ...]
     facts: tuple[FileFacts, ...]
     chosen: IntArray | None
 
@@ -91,6 +93,12 @@ class _Source:
     def rows(self) -> int:
         """Rows that may be drawn."""
         return self.starts[-1] if self.chosen is None else len(self.chosen)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Rows of each row group that may be drawn; those without any are left out."""
+        bounds = self.group_starts if self.chosen is None else np.searchsorted(self.chosen, self.group_starts).tolist()
+        return tuple(stop - start for start, stop in pairwise(bounds) if stop > start)
 
     def row(self, number: int) -> int:
         """The row of a number below `rows`."""
@@ -147,25 +155,27 @@ def prepack(
     readers = [RecordReader(source) for source in config.sources]
     folder = Path(config.facts) if config.facts else Path(f"{Path(config.pack_index)}.facts")
     inquiry = Inquiry(config.sources, config.prompts, config.tokenizer, folder)
-    row_counts = [[reader.row_count(file.name) for file in reader.files] for reader in readers]
-    for reader, rows in zip(readers, row_counts, strict=True):
-        if not sum(rows):
+    row_groups = [[reader.row_groups(file.name) for file in reader.files] for reader in readers]
+    for reader, files_groups in zip(readers, row_groups, strict=True):
+        if not any(map(sum, files_groups)):
             raise DataSetError(
                 f"data.sources {reader.source.name}: {reader.source.path} has no rows; remove it or give it data"
             )
     paths = collect(inquiry, tokenizer, readers, workers, progress)
     sources = []
-    for number, (reader, rows) in enumerate(zip(readers, row_counts, strict=True)):
+    for number, (reader, files_groups) in enumerate(zip(readers, row_groups, strict=True)):
+        rows = [sum(groups) for groups in files_groups]
         facts = tuple(FileFacts(paths[number, file.name]) for file in reader.files)
         chosen = _chosen(reader, rows, config.validation_fraction, held_out)
-        sources.append(_Source(reader, (0, *accumulate(rows)), facts, chosen))
+        group_starts = (0, *accumulate(chain.from_iterable(files_groups)))
+        sources.append(_Source(reader, (0, *accumulate(rows)), group_starts, facts, chosen))
     planner = _Planner(config, model, seed, sources)
     counts = _mixture(sources, config.validation_fraction, held_out)
     files = {reader.source.name: reader.files for reader in readers}
     with IndexWriter(config.pack_index, {n: [f.name for f in fs] for n, fs in files.items()}, force) as writer:
         waiting: dict[int, tuple[IndexRow, Sample]] = {}
         draws = tqdm(
-            mix(counts, seed, config.epochs),
+            mix(counts, seed, config.epochs, config.mixing_row_groups),
             desc="plan",
             unit="sample",
             total=config.epochs * sum(count.rows for count in counts if count.weight > 0),
@@ -240,7 +250,7 @@ def _mixture(sources: Sequence[_Source], fraction: float, held_out: bool) -> lis
         raise DataSetError(f"data.validation_fraction {fraction}: holds out no row of any source; raise it")
     if empty:
         logger.warning("no validation rows in %s", ", ".join(empty))
-    return [MixtureSource(s.name, s.rows, s.rows if held_out else s.reader.source.weight) for s in sources]
+    return [MixtureSource(s.name, s.groups, s.rows if held_out else s.reader.source.weight) for s in sources]
 
 
 class _Planner:

@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import fsspec
@@ -207,14 +207,18 @@ class RecordReader:
         """Reads of remote storage that were repeated so far."""
         return self._patiently.retries
 
-    def row_count(self, file: str) -> int:
-        """Rows of a file.
+    def row_groups(self, file: str) -> tuple[int, ...]:
+        """Rows of each row group of a file.
 
         Raises:
             DataSetError: if the file cannot be read, or its columns are not those of the task.
         """
         self._is_interleaved(file)
-        return int(self._parquet(file).metadata.num_rows)
+        return tuple(stop - start for start, stop in pairwise(self._open_file(file)[1]))
+
+    def row_count(self, file: str) -> int:
+        """Rows of a file; errors as of `row_groups`."""
+        return sum(self.row_groups(file))
 
     def footer_sha256(self, file: str) -> str:
         """Hash of a file's metadata: schema, row groups, sizes, statistics.

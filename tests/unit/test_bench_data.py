@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_lance.data.decode import DecodeRequest
+from megatron_lance.data.decode import DecodeRequest, MediaReader, ReadMedia
 from megatron_lance.profiling.benchmarks import data_memory, data_path
-from megatron_lance.profiling.benchmarks.damaged_files import clip, damaged_files, picture
+from megatron_lance.profiling.benchmarks.damaged_files import SIDE, clip, damaged_files, picture
 from tests.tiny import TinyRun
 
 
@@ -24,13 +24,21 @@ def run(benchmark: ModuleType, tokenizer: Path, *given: str) -> tuple[dict[str, 
 
 def test_bare_decoding_makes_the_wanted_frames() -> None:
     request = DecodeRequest(clip(13), (0, 4, 12), (64, 64), (64, 64), "vae")
-    assert data_path.bare_decode(request) == 3
+    assert [frame.shape for frame in data_path.bare_decode(request)] == [(SIDE, SIDE, 3)] * 3
+
+
+def test_the_bare_way_gives_nearly_our_pixels() -> None:
+    request = DecodeRequest(clip(13, 128, 64), (0, 4, 12), (48, 64), (32, 64), "vae")
+    (ours,) = MediaReader("host", 1)([request])
+    assert isinstance(ours, ReadMedia)
+    bare = data_path.bare_pixels(request)
+    assert bare.shape == ours.data.shape and (bare.float() - ours.data).abs().mean() < 2
 
 
 def test_figures_of_the_data_path(tiny_run: TinyRun) -> None:
     given = "--clips 2 --height 96 --repeats 2 --workers 1".split()
     result, text = run(data_path, tiny_run.folder / "tokenizer", *given)
-    assert set(result["cpu_ms_per_clip"]) == {"bare_pyav", "frames", "pixels"}
+    assert set(result["cpu_ms_per_clip"]) == {"bare_frames", "frames", "bare_pixels", "pixels"}
     for figures in (*result["cpu_ms_per_clip"].values(), *result["seconds_per_pass"].values()):
         assert figures["p20"] <= figures["p50"] <= figures["p80"] and figures["p80"] > 0
     assert 0 < result["waiting_at_half_peak"]["share"] < 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from megatron_lance.config.errors import UserError
+from megatron_lance.data.synthetic import stage_samples
+from megatron_lance.packing.sample import Task
 from megatron_lance.packing.step_balance import Samples
-from megatron_lance.profiling.benchmarks import packing, prepack
+from megatron_lance.profiling.benchmarks import packing, prepack, row_groups
 from tests.tiny import write_tokenizer
 
 
@@ -45,6 +48,30 @@ def test_figures_of_packing() -> None:
     assert set(alike["share_deviation_over_random"]) == {"t2i", "t2v", "i2t", "v2t"}
     assert alike["worst_share_deviation"] == max(alike["share_deviation_over_random"].values())
     assert text.count("\n") == 4 and "greedy" in text
+
+
+def test_a_node_reads_a_row_group_again_only_when_it_left_its_cache() -> None:
+    cache = row_groups.NodeCache(2)
+    for group in (1, 2, 1, 3, 1, 2):  # 3 pushes out 2
+        cache.use((0, group))
+    assert cache.read == 4
+
+
+def test_media_count_once_whatever_encoder_sees_them() -> None:
+    by_task = {sample.task: sample for sample in islice(stage_samples("ct3", 0), 200)}
+    second = row_groups.CLIP_SECOND
+    assert row_groups.media_bytes(by_task[Task.T2I]) == row_groups.media_bytes(by_task[Task.I2T]) == row_groups.PICTURE
+    assert row_groups.media_bytes(by_task[Task.I_EDIT]) == 2 * row_groups.PICTURE
+    for task, clips in ((Task.T2V, 1), (Task.V_EDIT, 2), (Task.V2T, 1)):
+        assert clips * second / 2 <= row_groups.media_bytes(by_task[task]) <= clips * 6 * second, task
+
+
+def test_figures_of_row_groups() -> None:
+    given = "--stage ct3 --dp 4 --micro-batches 2 --samples 800 --nodes 1 4 --mixed 1 64 --group-mb 16".split()
+    result, text = run(row_groups, *given)
+    found = {(one["mixing_row_groups"], one["nodes"]): one["bytes_read_per_byte_used"] for one in result["curve"]}
+    assert 1 <= found[1, 1] < found[1, 4] and found[1, 1] < found[64, 1] < found[64, 4]
+    assert text.count("\n") == 5 and "read / used" in text
 
 
 def test_figures_of_prepack(tmp_path: Path) -> None:

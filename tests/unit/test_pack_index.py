@@ -50,28 +50,37 @@ def index(config: DataConfig) -> PackIndex:
 
 
 def test_mixture_holds_shares_and_sees_every_row_before_one_again() -> None:
-    sources = [MixtureSource("a", 10, 3.0), MixtureSource("b", 30, 1.0), MixtureSource("off", 5, 0.0)]
-    draws = list(mix(sources, seed=3, epochs=2))
+    sources = [MixtureSource("a", (4, 6), 3.0), MixtureSource("b", (10,) * 3, 1.0), MixtureSource("off", (5,), 0.0)]
+    draws = list(mix(sources, 3, 2, 2))
     assert len(draws) == 80
     assert Counter(d.source for d in draws) == {0: 60, 1: 20}
     assert Counter(d.source for d in draws[:20]) == {0: 15, 1: 5}
     for epoch in range(6):
         assert sorted(d.row for d in draws if d.source == 0 and d.epoch == epoch) == list(range(10))
     assert len(set(draws)) == len(draws)
-    assert draws == list(mix(sources, seed=3, epochs=2))
-    assert draws[:40] == list(mix(sources, seed=3))
-    assert draws != list(mix(sources, seed=4, epochs=2))
-    assert list(mix([MixtureSource("one", 1, 1.0)], 0)) == [Draw(0, 0, 0)]
+    assert draws == list(mix(sources, 3, 2, 2))
+    assert draws[:40] == list(mix(sources, 3, 1, 2))
+    assert draws != list(mix(sources, 4, 2, 2))
+    assert list(mix([MixtureSource("one", (1,), 1.0)], 0, 1, 8)) == [Draw(0, 0, 0)]
+
+
+def test_the_rows_of_a_row_group_are_drawn_in_one_stretch() -> None:
+    rows = [draw.row for draw in mix([MixtureSource("a", (10,) * 12, 1.0)], 3, 2, 3)]
+    for epoch in (rows[:120], rows[120:]):
+        stretches = [{row // 10 for row in epoch[first : first + 30]} for first in range(0, 120, 30)]
+        assert all(len(groups) == 3 for groups in stretches) and set().union(*stretches) == set(range(12))
+        assert epoch[:30] != sorted(epoch[:30])
+    assert rows[:120] != rows[120:]
 
 
 def test_mixture_refuses_bad_sources() -> None:
     for sources, message in (
         ([], "no source with a positive weight"),
-        ([MixtureSource("a", 0, 1.0)], "data.sources a: has no rows"),
-        ([MixtureSource("a", 1, -1.0)], r"a.weight -1.0: must not be negative"),
+        ([MixtureSource("a", (), 1.0)], "data.sources a: has no rows"),
+        ([MixtureSource("a", (1,), -1.0)], r"a.weight -1.0: must not be negative"),
     ):
         with pytest.raises(ConfigError, match=message):
-            mix(sources, 0)
+            mix(sources, 0, 1, 8)
 
 
 def test_index_holds_every_usable_draw_once(config: DataConfig, index: PackIndex) -> None:
@@ -165,7 +174,9 @@ def test_unusable_rows_are_named_once_and_replaced(
     assert len(unusable) == len(lines) == index.counts["unusable"]
     assert len([r for r in caplog.records if r.message.startswith("unusable row")]) == len(lines)
     # Epochs keep their sizes, and sources their shares.
-    draws = list(mix([MixtureSource("text2image", 6, 1.0), MixtureSource("bad", 7, 1.0)], SEED, 3))
+    draws = list(
+        mix([MixtureSource("text2image", (2, 2, 2), 1.0), MixtureSource("bad", (2, 2, 2, 1), 1.0)], SEED, 3, 8)
+    )
     assert index.counts["samples"] == len(rows) == len(draws) == 3 * (6 + 7)
     drawn = Counter((("text2image", "bad")[draw.source], draw.epoch) for draw in draws)
     assert Counter((row.source, row.epoch) for row in rows) == drawn

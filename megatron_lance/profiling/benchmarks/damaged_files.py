@@ -54,18 +54,20 @@ def clip(
     container: str = "mp4",
     pixel_format: str = "yuv420p",
     times: Sequence[int] | None = None,
+    rate: int = 12,
+    preset: str = "ultrafast",
 ) -> bytes:
-    """A drawn clip of 12 frames per second; `times` are of its frames, in twelfths of a second."""
+    """A drawn clip of `rate` frames per second; `times` are of its frames, in frames; `preset` is x264's."""
     file = io.BytesIO()
-    options = {"preset": "ultrafast", "threads": "1"} if codec == "libx264" else {"threads": "1"}
+    options = {"preset": preset, "threads": "1"} if codec == "libx264" else {"threads": "1"}
     with av.open(file, "w", format=container) as output:
-        target = output.add_stream(codec, rate=12, options=options)
+        target = output.add_stream(codec, rate=rate, options=options)
         assert isinstance(target, av.VideoStream)
         target.width, target.height, target.pix_fmt = width, height, pixel_format
-        target.codec_context.time_base = Fraction(1, 12)
+        target.codec_context.time_base = Fraction(1, rate)
         for number in range(frames):
             frame = av.VideoFrame.from_ndarray(_picture(width, height, number), format="rgb24")
-            frame.pts, frame.time_base = times[number] if times else number, Fraction(1, 12)
+            frame.pts, frame.time_base = times[number] if times else number, Fraction(1, rate)
             output.mux(target.encode(frame))
         output.mux(target.encode())
     return file.getvalue()

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from megatron_lance.config.schema import DataConfig, ModelConfig, SourceConfig
 from megatron_lance.data.background import Ahead, StepReader
@@ -31,13 +34,14 @@ from megatron_lance.data.prepack import prepack
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.reading import Media, TaskReader
 from megatron_lance.data.shares import Task, TextTask, rank_tasks
+from megatron_lance.data.sizes import crop_window
 from megatron_lance.packing.batch import PackTokens
 from megatron_lance.profiling.benchmarks.damaged_files import clip
 
 SUMMARY = "data path: time beside bare PyAV decoding, share of time a consumer at half the peak waits"
 SEED = 1
-SECONDS = 3
-"""Of a clip, at 12 frames per second."""
+SECONDS, RATE = 3, 24
+"""Of a clip: seconds, frames per second; every second frame is wanted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,29 +54,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _BareReader(TaskReader):
-    """Decodes by PyAV and does nothing else: frames in order up to the last wanted, the wanted ones to RGB."""
+    """Reads by PyAV and torch alone.
+
+    Args:
+        resize: bring the frames to their size; else only decode.
+    """
+
+    def __init__(self, packs: PackReader, media: MediaReader, resize: bool) -> None:
+        super().__init__(packs, media)
+        self.way = bare_pixels if resize else bare_decode
 
     def read(self, task: Task, before_decoding: Callable[[], None] = lambda: None) -> PackTokens | Media:
         if isinstance(task, TextTask):
             return super().read(task)
         requests = self.packs.requests(task.pack, task.items)
         for request in requests:
-            bare_decode(request)
+            self.way(request)
         return tuple(ReadMedia(torch.zeros(0), request.normalize) for request in requests)
 
 
-def bare_decode(request: DecodeRequest) -> int:
-    """Frames that bare PyAV makes RGB of."""
+def bare_decode(request: DecodeRequest) -> list[npt.NDArray[Any]]:
+    """The wanted frames by bare PyAV, uint8 [H, W, 3] each: decoded in order up to the last, the wanted ones to RGB."""
     wanted, last = set(request.frames), max(request.frames)
-    made = 0
+    made = []
     with av.open(io.BytesIO(request.data), "r") as container:
         container.streams.video[0].thread_count = 1
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                made += len(frame.to_ndarray(format="rgb24")) > 0
+                made.append(frame.to_ndarray(format="rgb24"))
             if number == last:
                 break
     return made
+
+
+def bare_pixels(request: DecodeRequest) -> torch.Tensor:
+    """The wanted frames at their size, uint8 [3, T, H, W], by PyAV and torch's antialiased resize of whole bytes."""
+    frames = torch.from_numpy(np.stack(bare_decode(request))).permute(0, 3, 1, 2)
+    top, left, height, width = crop_window(frames.shape[3], frames.shape[2], request.bucket)
+    window = frames[:, :, top : top + height, left : left + width]
+    resized = F.interpolate(window, size=request.bucket, mode="bicubic", antialias=True)
+    top, left = ((b - s) // 2 for b, s in zip(request.bucket, request.size, strict=True))
+    return resized[:, :, top : top + request.size[0], left : left + request.size[1]].transpose(0, 1).contiguous()
 
 
 def data_config(folder: Path, tokenizer: str, name: str, **settings: Any) -> DataConfig:
@@ -90,7 +112,7 @@ def _large(folder: Path, tokenizer: str, clips: int, height: int) -> DataConfig:
     """A few clips of usual size, one per pack."""
     (folder / "large").mkdir()
     width = height * 16 // 9 // 16 * 16
-    media = [clip(12 * SECONDS, width - 16 * (i % 4), height) for i in range(clips)]
+    media = [clip(RATE * SECONDS, width - 16 * (i % 4), height, rate=RATE, preset="veryfast") for i in range(clips)]
     table = pa.table({"caption": [f"clip {i}" for i in range(clips)], "video_bytes": media})
     pq.write_table(table, folder / "large" / "t2v.parquet")
     return data_config(folder, tokenizer, "large", seq_length=20_000, max_seconds_generation=float(SECONDS))
@@ -117,13 +139,14 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _cpu_times(index: PackIndex, packs: PackReader, repeats: int) -> dict[str, dict[str, float]]:
-    """CPU milliseconds per clip in one process: bare decoding, our frames, and our pixels at their final size."""
+    """CPU milliseconds per clip in one process and thread: frames, and pixels at their size, by bare ways and ours."""
     items = [(n, item) for n in range(len(index)) for item in index.pack(n).media]
     requests = [packs.requests(n, [item])[0] for n, item in items]
     media = MediaReader("host", 1)
     ways: dict[str, Callable[[DecodeRequest], Any]] = {
-        "bare_pyav": bare_decode,
+        "bare_frames": bare_decode,
         "frames": lambda request: read_frames(request.data, request.frames),
+        "bare_pixels": bare_pixels,
         "pixels": lambda request: media([request]),
     }
     for way in ways.values():
@@ -139,17 +162,18 @@ def _cpu_times(index: PackIndex, packs: PackReader, repeats: int) -> dict[str, d
 
 
 def _wall_times(index: PackIndex, packs: PackReader, workers: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds per pass over all packs with workers, bare decoding and ours in turn; without the first pass."""
+    """Seconds per pass over all packs with workers, by the bare ways and ours; without the first pass."""
     ahead = Ahead(workers, 1, 600.0)
     media = MediaReader("host", 1)
-    with (
-        closing(StepReader(_BareReader(packs, media), pack_tasks(index), ahead, {})) as bare,
-        closing(StepReader(TaskReader(packs, media), pack_tasks(index), ahead, {})) as ours,
-    ):
-        readers = {"bare_pyav": bare, "ours": ours}
-        found: dict[str, list[float]] = {name: [] for name in readers}
-        for lap in range(repeats + 1):
-            for name, reader in readers.items():
+    ways = {
+        "bare_frames": _BareReader(packs, media, False),
+        "bare_pixels": _BareReader(packs, media, True),
+        "ours": TaskReader(packs, media),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for name, way in ways.items():
+        with closing(StepReader(way, pack_tasks(index), ahead, {})) as reader:
+            for lap in range(repeats + 1):
                 start = time.perf_counter()
                 for step in range(lap * len(index), (lap + 1) * len(index)):
                     reader.step(step)
@@ -185,11 +209,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         waiting = _waiting(index, packs, args.workers, peak, max(1, args.repeats // 2))
     return {
         "workers": args.workers,
-        "clips": {"count": args.clips, "seconds": SECONDS, "height": args.height, "packs": len(index)},
+        "clips": {"count": args.clips, "seconds": SECONDS, "fps": RATE, "height": args.height, "packs": len(index)},
         "cpu_ms_per_clip": cpu,
-        "cpu_overhead": {name: cpu[name]["p50"] / cpu["bare_pyav"]["p50"] - 1 for name in ("frames", "pixels")},
+        "cpu_overhead": {name: cpu[name]["p50"] / cpu[f"bare_{name}"]["p50"] - 1 for name in ("frames", "pixels")},
         "seconds_per_pass": wall,
-        "wall_overhead": wall["ours"]["p50"] / wall["bare_pyav"]["p50"] - 1,
+        "wall_overhead": {name: wall["ours"]["p50"] / wall[name]["p50"] - 1 for name in ("bare_frames", "bare_pixels")},
         "waiting_at_half_peak": waiting,
         "load_average": os.getloadavg()[0],
     }
@@ -198,13 +222,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
     cpu, wall, waiting = result["cpu_ms_per_clip"], result["seconds_per_pass"], result["waiting_at_half_peak"]
+    lines = [
+        f"CPU ms per clip, {name}: bare {cpu[f'bare_{name}']['p50']:.0f}, ours {cpu[name]['p50']:.0f} "
+        f"({result['cpu_overhead'][name]:+.1%})"
+        for name in ("frames", "pixels")
+    ]
+    passes = ", ".join(f"{name} {seconds['p50']:.2f}" for name, seconds in wall.items())
+    more = ", ".join(f"{share:+.1%} of {name}" for name, share in result["wall_overhead"].items())
     return "\n".join(
         [
-            f"CPU ms per clip: bare PyAV {cpu['bare_pyav']['p50']:.0f}, frames {cpu['frames']['p50']:.0f} "
-            f"({result['cpu_overhead']['frames']:+.1%}), final pixels {cpu['pixels']['p50']:.0f} "
-            f"({result['cpu_overhead']['pixels']:+.1%})",
-            f"s per pass with {result['workers']} workers: bare PyAV {wall['bare_pyav']['p50']:.2f}, ours "
-            f"{wall['ours']['p50']:.2f} ({result['wall_overhead']:+.1%})",
+            *lines,
+            f"s per pass with {result['workers']} workers: {passes} ({more})",
             f"waiting of a consumer at half the peak: {waiting['share']:.1%}, longest {waiting['longest']:.2f} s; load "
             f"average {result['load_average']:.1f}",
         ]
