@@ -24,6 +24,7 @@ from tools import (
     check_parity,
     convert_checkpoint,
     encode_latents,
+    gpu_check,
     inspect_pack,
     judge_demo,
     plan_parallelism,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "report": report.main,
     "plan_parallelism": plan_parallelism.main,
     "profile_throughput": profile_throughput.main,
+    "gpu_check": gpu_check.main,
     "run_stages": run_stages.main,
 }
 

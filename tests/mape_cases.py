@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from megatron_lance.ops.mape import inverse_frequencies
 from megatron_lance.ops.qk_norm_mape import qk_norm_mape
+from megatron_lance.profiling.benchmarks.mape import Inputs
 
 EPS = 1e-6
 HEAD_DIMS = tuple(range(16, 257, 8))
@@ -41,25 +45,7 @@ class Case:
         return temporal, height, half - temporal - height
 
 
-@dataclass(frozen=True)
-class Values:
-    """Tensors of a case; gradients of q and kv are given."""
-
-    qkv: torch.Tensor
-    positions: torch.Tensor
-    inv_freq: torch.Tensor
-    query_weight: torch.Tensor
-    key_weight: torch.Tensor
-    d_query: torch.Tensor
-    d_key_value: torch.Tensor
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        """The op's tensors."""
-        return self.qkv, self.positions, self.inv_freq, self.query_weight, self.key_weight
-
-
-def values(case: Case, seed: int = 0) -> Values:
+def values(case: Case, seed: int = 0) -> Inputs:
     """QKV is a strided slice of a larger projection; half the positions are extreme, and a row is nearly zero."""
     generator = torch.Generator().manual_seed(seed)
     d, r, g = case.head_dim, case.rows, case.groups
@@ -72,7 +58,7 @@ def values(case: Case, seed: int = 0) -> Values:
     wide = normal(r, g + 1, (case.heads + 2) * d)
     wide[: r // 8] *= 1e-3
     weights = (torch.rand(2, d, generator=generator) + 0.5).to(case.device, case.dtype)
-    return Values(
+    return Inputs(
         wide[:, 1:],
         positions.to(case.device),
         inverse_frequencies(d, 1e6, "float32").to(case.device),
@@ -83,10 +69,41 @@ def values(case: Case, seed: int = 0) -> Values:
     )
 
 
-def with_gradients(case: Case, tensors: Values, backend: str) -> Results:
+def fenced(tensors: Inputs) -> Inputs:
+    """Copies whose last element borders on memory that nobody may touch: reading beyond one ends the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        size = x.numel() * x.element_size()
+        room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        whole = torch.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), dtype=torch.uint8)
+        fence = ctypes.c_void_p(whole.data_ptr() + room)
+        assert libc.mprotect(fence, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, ctypes.get_errno()
+        return whole[room - size : room].view(x.dtype).view(x.shape).copy_(x)
+
+    return Inputs(*(copy(getattr(tensors, field.name)) for field in fields(tensors)))
+
+
+def check_slices(ops: Any, case: Case) -> None:
+    """Outputs and their gradients may be slices of wider rows of a joint buffer, of which nothing else is touched."""
+    tensors, settings = values(case), (list(case.sections), case.taken, case.offset, EPS)
+    given = (tensors.d_query, tensors.d_key_value)
+    whole = [x.new_full((len(x) + 2, x[0].numel() + 16), torch.nan) for x in given]
+    slices = [w[1:-1, 8:-8].unflatten(1, x.shape[1:]) for w, x in zip(whole, given, strict=True)]
+    ops.qk_norm_mape_out(*tensors.inputs, *settings, *slices)
+    for w, part, want in zip(whole, slices, ops.qk_norm_mape(*tensors.inputs, *settings), strict=True):
+        assert torch.equal(part, want) and w.isnan().sum() == w.numel() - want.numel()
+    for part, x in zip(slices, given, strict=True):
+        part.copy_(x)
+    backward = ops.qk_norm_mape_backward
+    want = backward(*given, *tensors.inputs, *settings)
+    assert all(map(torch.equal, backward(*slices, *tensors.inputs, *settings), want))
+
+
+def with_gradients(case: Case, tensors: Inputs, backend: str) -> Results:
     """q, kv and the gradients of qkv and both weights, by the public op."""
     qkv, query_weight, key_weight = leaves = [
-        x.detach().clone().requires_grad_() for x in (tensors.qkv, tensors.query_weight, tensors.key_weight)
+        x.detach().requires_grad_() for x in (tensors.qkv, tensors.query_weight, tensors.key_weight)
     ]
     outputs = qk_norm_mape(
         qkv,
@@ -104,7 +121,7 @@ def with_gradients(case: Case, tensors: Values, backend: str) -> Results:
     return [*(x.detach() for x in outputs), *gradients]
 
 
-def truth(case: Case, tensors: Values) -> Results:
+def truth(case: Case, tensors: Inputs) -> Results:
     """The same in float64, channels j and j + d/2 as one complex number; only the angle is a float32 product."""
     d = case.head_dim
     qkv, query_weight, key_weight = (
@@ -127,7 +144,7 @@ def truth(case: Case, tensors: Values) -> Results:
     return [query.detach(), key_value.detach(), *gradients]
 
 
-def check(case: Case, run: Callable[[Case, Values], Results], seed: int = 0) -> None:
+def check(case: Case, run: Callable[[Case, Inputs], Results], seed: int = 0) -> None:
     """Every result of `run` errs at most twice as much as the plain-torch reference of the same precision.
 
     Both the error's norm and its largest element count, over as many draws as make a weight gradient's few elements a

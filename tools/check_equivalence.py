@@ -53,10 +53,10 @@ from megatron_lance.parity.equivalence import (
 )
 from megatron_lance.profiling.provenance import provenance
 from megatron_lance.training.gradients import public_gradients, public_weights
-from megatron_lance.training.loop import update
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
 from megatron_lance.training.synthetic import micro_batches
+from megatron_lance.training.update import update
 
 TOLERANCE = {"float32": 1e-5, "bf16": 5e-2}
 """Largest allowed relative difference; in bf16 13 times its rounding unit 2^-8, as layouts round other partial sums."""
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layout", nargs="+", metavar="NAME", help=f"some of: {', '.join(LAYOUTS)} (default all)")
     parser.add_argument("--few", action="store_true", help=f"the layouts {', '.join(FEW)}")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), default="float32")
-    parser.add_argument("--attention", default="sdpa", help="attention backend: sdpa or dense")
+    parser.add_argument("--attention", default="sdpa", help="attention backend (default sdpa), see ops/attention.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every difference there")
     return parser.parse_args()
 
@@ -115,13 +115,12 @@ def _step(packs: list[FilledPack], run: RunConfig, trainee: Trainee, groups: Gro
     """One step; gradients are read before they are clipped."""
     counts = LossCounts.of(f.pack for f in packs)
     trainee.scheduler.step(increment=1)
-    losses = forward_backward(trainee, micro_batches(packs, run, groups), counts, run.objective, groups, broken=0)
+    own = forward_backward(trainee, micro_batches(packs, run, groups), counts, run.objective, groups, broken=0)
     whole = not run.parallel.use_distributed_optimizer
     gradients = public_gradients(trainee, run.model) if whole else {}
-    norm, left_out, *_ = update(trainee, losses)
-    if left_out:
-        norm = math.nan
-    return StepResult(losses.total, norm, losses.by_task, gradients, public_weights(trainee, run.model))
+    done = update(trainee, own)
+    norm = math.nan if done.skipped else done.norm
+    return StepResult(done.losses.total, norm, done.losses.by_task, gradients, public_weights(trainee, run.model))
 
 
 def _run(layout: NamedLayout, arguments: argparse.Namespace, store: Store, rank: int) -> list[StepResult]:

@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument("--vpp", type=int, default=None, help="model chunks per pipeline rank")
-    parser.add_argument("--attention", default="sdpa", help="attention backend: sdpa or dense")
+    parser.add_argument("--attention", default="sdpa", help="attention backend (default sdpa), see ops/attention.py")
     parser.add_argument("--mape", default="auto", help="QK-norm and rotation: auto, fused or reference")
     parser.add_argument("--uncached", action="store_true", help="--sampling without the cache of the clean context")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every difference there")

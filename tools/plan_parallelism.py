@@ -13,15 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
+from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.synthetic import STAGES
 from megatron_lance.profiling.cluster import Cluster
 from megatron_lance.profiling.devices import DEVICES, find_device
-from megatron_lance.profiling.plan_inputs import RECIPE_PACKS, PlanPacks, index_plan_packs, stage_plan_packs
+from megatron_lance.profiling.plan_inputs import index_plan_packs, stage_plan_packs
 from megatron_lance.profiling.plan_page import write_plan_page
 from megatron_lance.profiling.planner import Plan, Wanted, explain, plan
 from megatron_lance.profiling.provenance import provenance
@@ -39,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stage", choices=sorted(STAGES), default="ct3", help="mixture and packs per step (default ct3)"
     )
     parser.add_argument("--pack-index", type=Path, metavar="DIR", help="take the packs of this index instead")
-    parser.add_argument("--packs-per-step", type=int, metavar="N", help="default: the stage's recipe")
+    parser.add_argument("--packs-per-step", type=int, metavar="N", help="default: the stage's recipe, or the index's")
     parser.add_argument("--tolerance", type=float, default=0.2, help="by which they may differ (default 0.2)")
     parser.add_argument("--device", default="H100", help=f"one of {', '.join(d.name for d in DEVICES)} (default H100)")
     parser.add_argument("--devices", type=int, metavar="N", help="how many")
@@ -66,22 +68,37 @@ def _cluster(options: argparse.Namespace) -> Cluster:
         raise UserError(f"--device {options.device}: unknown; choose one of {', '.join(d.name for d in DEVICES)}")
     if options.devices is None:
         raise UserError("--devices: is not given; say how many there are")
-    if options.devices < 1 or options.node_size < 1:
-        raise UserError(f"--devices {options.devices}, --node-size {options.node_size}: must be positive")
+    gigabytes = (options.node_bandwidth, options.network_bandwidth)
+    node_bandwidth, network_bandwidth = (None if value is None else 1e9 * value for value in gigabytes)
     return Cluster.of(
         device,
         options.devices,
         node_size=options.node_size,
         memory_gib=options.memory,
-        node_bandwidth=options.node_bandwidth and 1e9 * options.node_bandwidth,
-        network_bandwidth=options.network_bandwidth and 1e9 * options.network_bandwidth,
+        node_bandwidth=node_bandwidth,
+        network_bandwidth=network_bandwidth,
     )
 
 
-def _packs(options: argparse.Namespace) -> PlanPacks:
-    if options.pack_index is not None:
-        return index_plan_packs(options.pack_index, 4 * (options.packs_per_step or RECIPE_PACKS[options.stage]))
-    return stage_plan_packs(options.stage)
+def _wanted(options: argparse.Namespace, run: RunConfig) -> Wanted:
+    packs = stage_plan_packs(options.stage) if options.pack_index is None else index_plan_packs(options.pack_index)
+    per_step = packs.per_step if options.packs_per_step is None else options.packs_per_step
+    if per_step < 1 or not 0 <= options.tolerance < 1:
+        raise UserError(
+            f"--packs-per-step {per_step}, --tolerance {options.tolerance:g}: must be at least 1, and from 0 to below 1"
+        )
+    return Wanted(run, packs, per_step, options.tolerance, fp8=options.fp8)
+
+
+def _rates(options: argparse.Namespace, cluster: Cluster) -> Rates:
+    profiles = {path: read_profile(path) for path in options.calibrate}
+    for path, profile in profiles.items():
+        if find_device(profile["device_name"]) != cluster.device:
+            raise UserError(
+                f"--calibrate {path}: was measured on {profile['device_name']}, the plan is for {cluster.device.name}; "
+                "name a profile of that device"
+            )
+    return calibrate(list(profiles.values()), cluster.rates()) if profiles else cluster.rates()
 
 
 def _show(found: Plan) -> None:
@@ -107,20 +124,21 @@ def _command() -> str:
 
 
 def main() -> int:
-    """Run; 0 if a layout fits."""
+    """Run; returns the exit status."""
     options = parse_arguments()
     run = load_config(options.config, options.overrides)
     if options.recipes is not None:
+        if not options.recipes.parent.is_dir():
+            raise UserError(f"--recipes {options.recipes}: its folder is missing; make it, or name another file")
         plans = list(recipe_plans(run))
         written = {"command": _command(), **provenance(), "plans": plans}
         options.recipes.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         print(table(plans))
         return 0
-    cluster, packs = _cluster(options), _packs(options)
-    published = cluster.rates()
-    rates = calibrate([read_profile(path) for path in options.calibrate], published) if options.calibrate else published
-    per_step = options.packs_per_step or RECIPE_PACKS[options.stage]
-    wanted = Wanted(run, packs, per_step, options.tolerance, fp8=options.fp8)
+    if options.out is not None and options.out.is_file():
+        raise UserError(f"--out {options.out}: is a file; name a folder")
+    cluster = _cluster(options)
+    rates, wanted = _rates(options, cluster), _wanted(options, run)
     found = plan(wanted, cluster, rates)
     _show(found)
     weak, strong = _scaled(options, found, wanted, cluster, rates)
@@ -132,12 +150,14 @@ def main() -> int:
             )
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        title = f"Layouts for {packs.source} on {cluster.devices} x {cluster.device.name}"
+        title = f"Layouts for {wanted.packs.source} on {cluster.devices} x {cluster.device.name}"
         write_plan_page(found, cluster, rates, weak, strong, title, options.out / "plan.html")
         record: dict[str, Any] = {
             "command": _command(),
             **provenance(),
-            "rates": rates.source,
+            "cluster": asdict(cluster),
+            "rates": asdict(rates),
+            "packs": {"source": wanted.packs.source, "per_step": wanted.packs_per_step, "tolerance": wanted.tolerance},
             "explanation": explain(found),
             "choices": [choice.record() for choice in found.best_by_degrees()[:20]],
             "discarded": {kind: {"count": n, "example": e} for kind, (n, e) in found.reasons().items()},
@@ -145,7 +165,9 @@ def main() -> int:
             "strong_scaling": [point.record() for point in strong],
         }
         (options.out / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0 if found.choices else 1
+    if not found.choices:
+        raise UserError(f"{cluster.devices} x {cluster.device.name}: no layout is possible; see why above")
+    return 0
 
 
 if __name__ == "__main__":

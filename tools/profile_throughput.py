@@ -49,6 +49,8 @@ def _profile(options: argparse.Namespace) -> Profile:
         raise UserError(
             f"--steps {options.steps}, --warmup {options.warmup}: at least one step and no negative warm-up"
         )
+    if options.out.is_file():
+        raise UserError(f"--out {options.out}: is a file; name a folder")
     run = load_config(options.config, options.overrides)
     run = replace(run, optimizer=replace(run.optimizer, lr_warmup_iters=0))
     validate(run, world_size)
@@ -87,8 +89,8 @@ def main() -> int:
     command = " ".join(["tools/profile_throughput.py", *arguments])
     record = {"command": command, "device_name": provenance()["device"], **found, **profile}
     (options.out / "profile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_profile_page(profile, options.out / "profile.html")
     print(table(profile))
+    write_profile_page(profile, options.out / "profile.html")
     return 0
 
 

@@ -1,7 +1,7 @@
 """A run as one HTML page: `python tools/report.py RUN_DIR [RUN_DIR ...] [--out PAGE.html]`.
 
 Curves of losses, learning rate, gradient norms, speed, memory and tokens, samples, events and the configuration of each
-run, of a finished one or of one that goes on.  Needs the extra `report` (matplotlib).
+run, of a finished one or of one that goes on.
 """
 
 from __future__ import annotations

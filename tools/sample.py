@@ -6,8 +6,10 @@
     torchrun --nproc-per-node 2 tools/sample.py ... parallel.tensor_model_parallel_size=2
 
 --weights takes a folder in the public layout, a run's folder or one of its checkpoints.  --prompts takes a JSONL; what
-its lines may say is at the top of megatron_lance/sampling/prompt_list.py.  Writes a file per sample, samples.jsonl with
-files and answers, and contact_sheet.png; --resume goes on with a folder that is not finished, killed or not.
+its lines may say is at the top of megatron_lance/sampling/prompt_list.py, what --layout means at that of layouts.py.
+Writes a file per sample, samples.jsonl with files and answers, and contact_sheet.png; --resume goes on with a folder
+that is not finished, killed or not.  All lines are looked through before the first is sampled.  Replicas share them
+out.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_lance.checkpoint.everywhere import faults, first_ranks
 from megatron_lance.checkpoint.hf_lance import FolderSource, WeightSource, check_shapes, load_weights, with_rope_of
-from megatron_lance.checkpoint.manifest import checkpoint_at, damage, names_checkpoint
+from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, damage, names_checkpoint
 from megatron_lance.checkpoint.view import CheckpointView
 from megatron_lance.config.errors import UserError, run_command
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.logs import set_up_logging
 from megatron_lance.config.schema import ModelConfig, RunConfig
@@ -42,33 +44,39 @@ from megatron_lance.model.lance_model import build_stages
 from megatron_lance.model.transformer_config import transformer_config
 from megatron_lance.packing.positions import Mape
 from megatron_lance.packing.sample import Task
+from megatron_lance.packing.segment import VAE_KINDS
 from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parallel.groups import Groups
-from megatron_lance.sampling.batches import HowToSample, batches, sample_batch
+from megatron_lance.sampling.batches import HowToSample, Item, rounds, sample_round
 from megatron_lance.sampling.engine import Encoders, Engine
 from megatron_lance.sampling.flow_sampler import SamplerSettings
+from megatron_lance.sampling.layouts import LAYOUTS, check_places
 from megatron_lance.sampling.passes import ModelPasses
 from megatron_lance.sampling.prompt_list import (
-    LAYOUTS,
     Defaults,
     Line,
     check_frames,
-    check_places,
+    check_grid,
     check_sizes,
     parse_line,
     parse_size,
     read_list,
 )
+from megatron_lance.sampling.requests import PromptPlanner
 from megatron_lance.sampling.results import Results
 from megatron_lance.sampling.text_decoder import DecoderSettings
 
 logger = logging.getLogger(__name__)
 
 DECIDING = (
-    "weights ema layout size frames steps shift scale visual_scale renorm max_tokens top_p temperature "
-    "understanding_mape seed"
+    "ema layout size frames steps shift scale visual_scale renorm max_tokens top_p temperature understanding_mape seed"
 ).split()
 """Options that decide the samples."""
+DECIDING_DATA = (
+    "prompts tokenizer vae_resolution vit_resolution vae_sides vit_sides target_fps frame_sampling "
+    "max_seconds_generation max_seconds_understanding"
+).split()
+"""Fields of the configuration's data section that do."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -101,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         "--understanding-mape", choices=["training", "none"], default="training", help="positions of questions"
     )
     parser.add_argument("--seed", type=int, default=0, help="addresses the noise of the first copy")
-    parser.add_argument("--batch", type=int, default=16, help="samples per forward pass")
+    parser.add_argument("--batch", type=int, default=16, help="samples per forward pass of a replica")
     parser.add_argument("--uncached", action="store_true", help="compute the context anew in every step")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example model.mape=none")
     return parser.parse_intermixed_args()
@@ -135,19 +143,32 @@ class _CheckpointSource:
         return self.view.get(key)
 
 
-def open_weights(folder: str, model: ModelConfig, ema: bool) -> WeightSource:
+def look_through(lines: Sequence[Line], run: RunConfig) -> None:
+    """Plan every line, so that what is wrong with one is said before any is sampled.
+
+    Raises:
+        PromptError: naming the line whose media are none, do not fit its task, or have no place in the model.
+    """
+    planner = PromptPlanner(run.data, Tokenizer(run.data.tokenizer))
+    for line in tqdm(lines, desc="look through", unit="line"):
+        for plan in planner.plan(line.prompt(0, line.read_media())).visuals:
+            if plan.segment.kind in VAE_KINDS and plan.segment.grid is not None:
+                check_grid(plan.segment.grid, run.model, line.where)
+
+
+def open_weights(folder: str, checkpoint: Checkpoint | None, model: ModelConfig, ema: bool) -> WeightSource:
     """Weights in the public layout, of a run or of a checkpoint; a collective of the world.
 
     Args:
         folder: that holds them.
+        checkpoint: in it; None if it is in the public layout.
         model: sizes.
         ema: take a run's averaged weights.
 
     Raises:
         UserError: if there are none, they are damaged or they do not fit the model.
     """
-    if names_checkpoint(Path(folder)):
-        checkpoint = first_ranks(lambda: checkpoint_at(Path(folder)))  # a run may save at this moment
+    if checkpoint is not None:
         size = sum(checkpoint.manifest.files.values())
         logger.info("holding the %.3g GB of %s against their digests", size / 1e9, checkpoint.folder)
         if found := faults(checkpoint):
@@ -173,42 +194,60 @@ def build_engine(run: RunConfig, groups: Groups, weights: WeightSource, cached: 
         VitEncoder.build(run.encoders, run.model.hidden_size, seed).to(groups.device),
         build_vae(run.encoders, run.model.latent_channels, seed).to(groups.device),
     )
-    return Engine(
-        run, ModelPasses(stages, run.model, groups, run.parallel.region_alignment), encoders, tokenizer, cached
+    return Engine(run, ModelPasses(stages, run.model, groups, row_alignment(run)), encoders, tokenizer, cached)
+
+
+def how_to_sample(options: argparse.Namespace, model: ModelConfig) -> HowToSample:
+    """The settings of both samplers.
+
+    Raises:
+        UserError: naming the one that is wrong.
+    """
+    return HowToSample(
+        SamplerSettings(
+            options.steps, options.shift, options.scale, options.visual_scale, tuple(options.interval), options.renorm
+        ),
+        DecoderSettings(options.max_tokens, options.top_p, options.temperature),
+        Mape.NONE if options.understanding_mape == "none" else Mape(model.mape),
     )
 
 
-def work_through(
-    engine: Engine, options: argparse.Namespace, work: Sequence[tuple[Line, int]], results: Results | None
-) -> None:
+def work_through(engine: Engine, how: HowToSample, size: int, work: Sequence[Item], results: Results | None) -> None:
     """Sample and write.
 
     Args:
         engine: of this rank.
-        options: the command line.
+        how: the settings.
+        size: items per batch.
         work: lines and copies that are not done yet; the same on every rank.
         results: writes; None on all ranks but the first.
     """
-    how = HowToSample(
-        SamplerSettings(
-            options.steps, options.shift, options.scale, options.visual_scale, tuple(options.interval), options.renorm
-        ),
-        DecoderSettings(options.max_tokens, options.top_p, options.temperature, options.seed),
-        Mape.NONE if options.understanding_mape == "none" else engine.velocity.mape,
-    )
-    for batch in tqdm(list(batches(work, options.batch)), desc="sample", unit="batch", disable=results is None):
-        for (line, copy), result in zip(batch, sample_batch(engine, batch, how), strict=True):
+    batches = rounds(work, size, engine.passes.groups.dp)
+    for of_replicas in tqdm(batches, desc="sample", unit="round", disable=results is None):
+        for (line, copy), result in sample_round(engine, of_replicas, how):
             if results is not None:
                 results.add(line, copy, result)
 
 
-def settings_of(options: argparse.Namespace, copies: int) -> dict[str, Any]:
-    """What decides the samples of a folder; more copies may be added to all but grids."""
-    values = {name: getattr(options, name) for name in DECIDING}
+def settings_of(options: argparse.Namespace, copies: int, run: RunConfig, weights: str) -> dict[str, Any]:
+    """What decides the samples of a folder; more copies may be added to all but grids.
+
+    Args:
+        options: the command line.
+        copies: per prompt.
+        run: the configuration.
+        weights: the folder they are from.
+    """
+    data = asdict(run.data)
     return {
-        **values,
+        "weights": weights,
+        **{name: getattr(options, name) for name in DECIDING},
         "interval": list(options.interval),
         **({"copies": copies} if LAYOUTS[options.layout].grid else {}),
+        "precision": run.training.precision,
+        **{f"model.{name}": value for name, value in asdict(run.model).items() if name != "attention_backend"},
+        **{f"encoders.{name}": value for name, value in asdict(run.encoders).items()},
+        **{f"data.{name}": data[name] for name in DECIDING_DATA},
     }
 
 
@@ -229,6 +268,9 @@ def main() -> int:
     copies = layout.copies if options.copies is None else options.copies
     if copies < 1:
         raise UserError(f"--copies {copies}: must be at least 1; give the samples per prompt")
+    if options.batch < 1:
+        raise UserError(f"--batch {options.batch}: must be at least 1; give the samples per forward pass")
+    how = how_to_sample(options, run.model)
     check_places(lines, layout, copies)
     if options.out.exists() and not options.resume:
         raise UserError(f"--out {options.out}: exists; give a new folder, or --resume to go on with it")
@@ -236,13 +278,16 @@ def main() -> int:
     if run.encoders.vae == "wan" and not run.encoders.vae_path:
         logger.warning("encoders.vae_path is empty: latents are decoded by a small random VAE; give its folder")
     groups = parallel_groups.initialize(run.parallel, run.training.seed)
-    weights = open_weights(options.weights, run.model, options.ema)
+    first_ranks(lambda: look_through(lines, run))
+    folder = Path(options.weights)  # a run may save at this moment
+    checkpoint = first_ranks(lambda: checkpoint_at(folder)) if names_checkpoint(folder) else None
+    weights = open_weights(options.weights, checkpoint, run.model, options.ema)
+    settings = settings_of(options, copies, run, str(checkpoint.folder) if checkpoint else options.weights)
     results = Results(options.out, layout, copies, run.data.target_fps, lines) if first else None
-    finished = [results.open(settings_of(options, copies)) if results is not None else None]
-    dist.broadcast_object_list(finished, src=0)
-    work = [(line, copy) for line in lines for copy in range(copies) if (line.number, copy) not in (finished[0] or ())]
+    finished = first_ranks(lambda: results.open(settings) if results is not None else set())
+    work = [(line, copy) for line in lines for copy in range(copies) if (line.number, copy) not in finished]
     engine = build_engine(run, groups, weights, not options.uncached)
-    work_through(engine, options, work, results)
+    work_through(engine, how, options.batch, work, results)
     if results is not None:
         results.finish()
         print(f"{len(lines) * copies} samples in {options.out}")

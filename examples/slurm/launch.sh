@@ -5,7 +5,8 @@
 #
 # Exit codes of the training program (megatron_lance/config/errors.py): 0 finished, 2 configuration, 3 data, 4 not
 # finite, 5 hang, 6 stopped after a save: by SIGTERM (preemption), SIGUSR1 (end of time, see --signal) or
-# training.stop_after_minutes.
+# training.stop_after_minutes. srun ends with the greatest code of its ranks, and a rank that was killed counts 137: that
+# is what it says of a hang, for SLURM has to kill the rank that did not answer.
 set -uo pipefail
 : "${CONFIG:?set CONFIG to a configuration, for example examples/configs/lance_3b_ct1.yaml}"
 PYTHON="${PYTHON:-python}"
@@ -23,7 +24,7 @@ before=()
 
 trap : TERM USR1 # the ranks are signalled too, and save; this shell waits for them
 
-# --wait: when a rank is gone, the others have so many seconds before SLURM ends them too. --kill-on-bad-exit would end
+# --wait: when a rank is gone, the others have so many seconds before SLURM kills them. --kill-on-bad-exit would kill
 # ranks that are just about to leave with code 6.
 srun --wait="${WAIT:-120}" --kill-on-bad-exit=0 "${container[@]}" examples/slurm/rank.sh "${before[@]}" \
     "$PYTHON" -m megatron_lance.training.train --config "$CONFIG" ${LAYOUT:+--config "$LAYOUT"} training.resume=auto "$@"
@@ -33,6 +34,7 @@ restarts="${SLURM_RESTART_COUNT:-0}"
 case $code in
 6) why="stopped after a save" ;;
 5) why="hung" ;;
+137) why="a rank hung or was killed" ;;
 *) why="" ;;
 esac
 if [[ -n $why && $restarts -lt $MOST_RESTARTS ]]; then

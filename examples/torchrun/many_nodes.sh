@@ -9,7 +9,9 @@ shift
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=examples/slurm/environment.sh
 source "$here/../slurm/environment.sh"
-exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "${NODES:?set NODES, for example 4 or 2:4}" \
-    --nproc-per-node "${RANKS:-gpu}" --max-restarts "${RESTARTS:-10}" \
-    --rdzv-backend c10d --rdzv-id "${JOB:-lance}" --rdzv-endpoint "${FIRST_NODE:?set FIRST_NODE}:${PORT:-29400}" \
-    -m megatron_lance.training.train --config "$config" training.resume=auto "$@"
+set -- --nnodes "${NODES:?set NODES, for example 4 or 2:4}" --nproc-per-node "${RANKS:-gpu}" \
+    --max-restarts "${RESTARTS:-10}" --rdzv-backend c10d --rdzv-id "${JOB:-lance}" \
+    --rdzv-endpoint "${FIRST_NODE:?set FIRST_NODE}:${PORT:-29400}" --no-python "$here/rank.sh" \
+    "${PYTHON:-python}" -m megatron_lance.training.train --config "$config" training.resume=auto "$@"
+# shellcheck source=examples/torchrun/launch.sh
+source "$here/launch.sh"

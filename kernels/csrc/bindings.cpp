@@ -36,15 +36,18 @@ Element element_of(const Tensor& x) {
   STD_TORCH_CHECK(false, "qk_norm_mape: qkv must be float32, bfloat16 or float16; cast it");
 }
 
+bool is_beside(const Tensor& x, const Tensor& qkv) {
+  return x.is_cuda() == qkv.is_cuda() && x.get_device_index() == qkv.get_device_index();
+}
+
 void check_like(const Tensor& x, const Tensor& qkv, const char* name) {
-  STD_TORCH_CHECK(x.scalar_type() == qkv.scalar_type() && x.is_cuda() == qkv.is_cuda() &&
-                      x.get_device_index() == qkv.get_device_index(),
+  STD_TORCH_CHECK(x.scalar_type() == qkv.scalar_type() && is_beside(x, qkv),
                   "qk_norm_mape: ", name, " must have the type and the device of qkv; cast or move it");
 }
 
 // A [d] vector of the given type beside qkv.
 void check_vector(const Tensor& x, const Tensor& qkv, int64_t size, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size && x.is_contiguous() && x.is_cuda() == qkv.is_cuda(),
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size && x.is_contiguous() && is_beside(x, qkv),
                   "qk_norm_mape: ", name, " must be a contiguous vector of ", size, " beside qkv");
 }
 
@@ -77,10 +80,10 @@ Inputs read_inputs(const Tensor& qkv, const Tensor& positions, const Tensor& inv
                       qkv.stride(2) == 1,
                   "qk_norm_mape: qkv must be [rows, groups, (query heads + 2) * ", d, "] with a compact last dimension");
   const int64_t heads = qkv.size(2) / d - 2;
-  STD_TORCH_CHECK(query_heads > 0 && query_offset >= 0 && query_offset + query_heads <= heads,
-                  "qk_norm_mape: query heads ", query_offset, " to ", query_offset + query_heads, " of ", heads);
+  STD_TORCH_CHECK(query_heads > 0 && query_offset >= 0 && query_heads <= heads && query_offset <= heads - query_heads,
+                  "qk_norm_mape: ", query_heads, " query heads from ", query_offset, " on, but a group has ", heads);
   STD_TORCH_CHECK(positions.dim() == 2 && positions.size(0) == 3 && positions.size(1) == qkv.size(0) &&
-                      positions.scalar_type() == ScalarType::Int && positions.is_cuda() == qkv.is_cuda() &&
+                      positions.scalar_type() == ScalarType::Int && is_beside(positions, qkv) &&
                       (positions.size(1) < 2 || positions.stride(1) == 1),
                   "qk_norm_mape: positions must be int32 [3, ", qkv.size(0), "] beside qkv, rows compact");
   STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Float, "qk_norm_mape: inv_freq must be float32");
@@ -89,8 +92,8 @@ Inputs read_inputs(const Tensor& qkv, const Tensor& positions, const Tensor& inv
   check_vector(key_weight, qkv, d, "key_weight");
   check_like(query_weight, qkv, "query_weight");
   check_like(key_weight, qkv, "key_weight");
-  STD_TORCH_CHECK(sections.size() == 3 && sections[0] >= 0 && sections[1] >= 0 && sections[2] >= 0 &&
-                      sections[0] + sections[1] + sections[2] == d / 2,
+  STD_TORCH_CHECK(sections.size() == 3 && sections[0] >= 0 && sections[1] >= 0 && sections[0] <= d / 2 &&
+                      sections[1] <= d / 2 - sections[0] && sections[2] == d / 2 - sections[0] - sections[1],
                   "qk_norm_mape: three sections that sum to ", d / 2);
 
   Inputs a{};

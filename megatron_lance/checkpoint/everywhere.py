@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_lance.checkpoint.digests import damaged
 from megatron_lance.checkpoint.manifest import Checkpoint, StoreError, damage, find_checkpoint
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -70,13 +71,13 @@ def first_ranks(choose: Callable[[], Value]) -> Value:
         choose: called on the first rank only.
 
     Raises:
-        StoreError: on all ranks, if it is raised there.
+        UserError: on all ranks, if it is raised there.
     """
-    outcome: list[tuple[list[Value], StoreError | None]] = [([], None)]
+    outcome: list[tuple[list[Value], UserError | None]] = [([], None)]
     if dist.get_rank() == 0:
         try:
             outcome = [([choose()], None)]
-        except StoreError as error:
+        except UserError as error:
             outcome = [([], error)]
     dist.broadcast_object_list(outcome, src=0)
     values, problem = outcome[0]

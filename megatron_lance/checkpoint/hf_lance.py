@@ -33,7 +33,7 @@ POSITION_KEY = "latent_pos_embed.pos_embed"
 VIT_PREFIX = "vit_model."
 IGNORED_KEYS = (POSITION_KEY, VIT_PREFIX)
 """Keys of public checkpoints that this model rebuilds or holds elsewhere."""
-_OF_POSITIONS = ("rope_inv_freq_dtype", "mape", "mape_step")
+_OF_POSITIONS = ("rope_inv_freq_dtype", "rotary_base", "mape", "mape_step")
 """Settings that change what weights compute, but no shape."""
 
 

@@ -16,12 +16,12 @@ import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_lance.checkpoint.digests import damaged, files_in, read_digests, text_digest, write_digests
 from megatron_lance.checkpoint.files import write_text
+from megatron_lance.config.code_version import code_version
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.loader import to_dict
 from megatron_lance.config.schema import RunConfig, TrainingConfig
@@ -36,7 +36,7 @@ DP_RESHARDABLE, FULLY_RESHARDABLE, PER_PARAMETER = "dp_reshardable", "fully_resh
 """Kinds of an optimizer's state; which loads where is a table in optimizer_state.py."""
 
 # What must not change between a checkpoint and the run that goes on from it, by section; "model" is all of it.
-_COMPUTED_ALIKE = ("attention_backend",)
+_COMPUTED_ALIKE = ("attention_backend", "ce_chunk_rows", "transformer_impl")
 _SAME_TRAINING = ("seed", "global_batch_size", "precision", "freeze")
 _SAME_OPTIMIZER = ("use_distributed_optimizer",)
 _SAME_BUCKETS = (
@@ -80,7 +80,7 @@ class Manifest:
         config: the run's resolved configuration, as plain values.
         data: what the position refers to.
         broken: pictures and clips found broken so far, [source, file, row, element, cause] each.
-        code_version: of this package.
+        code_version: of this package, with the commit of a checkout.
         format: of the folder.
         files: size in bytes of every other file but digests.json.
         weights_only: an imported model, without the state of an optimizer.
@@ -116,7 +116,7 @@ class Manifest:
         """The manifest of a folder whose other files are complete."""
         files = {name: (folder / name).stat().st_size for name in files_in(folder)}
         rows = [[*key, cause] for key, cause in sorted(broken.items())]
-        config, version = to_dict(run), _code_version()
+        config, version = to_dict(run), code_version()
         gaps = [list(gap) for gap in left_out]
         return cls(step, world_size, config, data, rows, version, FORMAT, files, weights_only, optimizer, gaps)
 
@@ -148,13 +148,6 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
-
-
-def _code_version() -> str:
-    try:
-        return metadata.version("megatron-lance")
-    except metadata.PackageNotFoundError:
-        return "run from a source tree that is not installed"
 
 
 def checkpoints_folder(training: TrainingConfig) -> Path:

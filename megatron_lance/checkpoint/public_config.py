@@ -109,7 +109,7 @@ def text_sizes(config: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def variants(folder: Path) -> dict[str, Any]:
-    """The settings of VARIANTS that a public folder's llm_config.json names; none if there is no such file.
+    """The settings of VARIANTS and the rotary base that a public folder's llm_config.json names; none without it.
 
     Raises:
         CheckpointError: if the file is not JSON, or naming every value that cannot be.
@@ -117,9 +117,11 @@ def variants(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).is_file():
         return {}
     config = read_config(folder, CONFIG_FILE)
-    named = {name: config[name] for name in VARIANTS if name in config}
-    _check(named, VARIANTS, folder / CONFIG_FILE)
-    return named
+    rules = {**VARIANTS, "rope_theta": POSITIVE}
+    named = {name: config[name] for name in rules if name in config}
+    _check(named, rules, folder / CONFIG_FILE)
+    base = named.pop("rope_theta", None)
+    return named if base is None else {**named, "rotary_base": float(base)}
 
 
 def _check(values: Mapping[str, Any], rules: Mapping[str, Rule], path: Path) -> None:

@@ -110,6 +110,7 @@ class Saver:
         data: what the data position refers to.
         broken: media this rank knows to be broken; those of all ranks are saved.
         left_out: global batches that the run leaves out, the same on every rank; may change between saves.
+        published: called with step and folder once a checkpoint is complete.
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class Saver:
         data: DataIdentity,
         broken: BrokenMedia,
         left_out: Sequence[LeftOut] = (),
+        published: Callable[[int, Path], None] = lambda step, folder: None,
     ) -> None:
+        self.published = published
         self.run, self.state, self.data, self.broken, self.left_out = run, state, data, broken, left_out
         self.queue = AsyncCallsQueue()
         self.pending: _Save | None = None
@@ -232,6 +235,7 @@ class Saver:
         if rank == 0:
             stall = self.pending_stall + now - self.since
             logger.info("saved %s in %.2f s, of which training waited %.2f s", save.target, self.seconds, stall)
+        self.published(save.step, save.target)
         self.pending = None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -64,16 +65,23 @@ class PendingWeights:
 def load(checkpoint: Checkpoint, state: TrainingState) -> None:
     """Fill a rank's training state, freshly built or trained; a collective of the world.
 
-    Learning rate and the like are the run's own, whatever the checkpoint was trained with.
+    Learning rate and the like are the run's own, whatever the checkpoint was trained with.  What modules remember
+    beside their weights (scaling factors of FP8) is loaded where the checkpoint has it, and otherwise begins afresh.
 
     Args:
         checkpoint: one that `check_resumable` has let pass.
         state: overwritten.
+
+    Raises:
+        StoreError: if it holds another model.
     """
     tree = state_tree(state, checkpoint.manifest.optimizer, is_loading=True, with_ema=checkpoint.manifest.has_ema)
-    loaded = dist_checkpointing.load(tree, str(checkpoint.folder))
+    returned = dist_checkpointing.load(tree, str(checkpoint.folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    loaded, _, lacking = returned  # the keys that were asked for and are not there
+    if lacking := {key for key in lacking if "_extra_state" not in key}:
+        raise StoreError(f"checkpoint '{checkpoint.folder}': holds another model, without {', '.join(sorted(lacking))}")
     for name, chunk in _named(state.chunks):
-        chunk.module.load_state_dict(loaded[name])
+        _fill(chunk.module, loaded[name], checkpoint)
     load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.step(increment=loaded["scheduler"]["num_steps"] - state.scheduler.num_steps)
 
@@ -105,9 +113,14 @@ def load_model(checkpoint: Checkpoint, stages: Sequence[LanceModel]) -> None:
     }
     loaded = dist_checkpointing.load(tree, str(checkpoint.folder))
     for name, stage in _named(stages):
-        missing, unknown = stage.load_state_dict(loaded[name], strict=False)
-        if unknown or _weights(dict.fromkeys(missing)):
-            raise StoreError(f"checkpoint '{checkpoint.folder}': holds another model: {unknown}, {missing}")
+        _fill(stage, loaded[name], checkpoint)
+
+
+def _fill(stage: LanceModel, state: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Take over the weights of a stage and what is there of the rest."""
+    missing, unknown = stage.load_state_dict(state, strict=False)
+    if unknown or _weights(dict.fromkeys(missing)):
+        raise StoreError(f"checkpoint '{checkpoint.folder}': holds another model: {unknown}, {missing}")
 
 
 def _weights(state: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,22 @@ class ModelConfig:
     latent_channels: int = 48  # VAE channels
     latent_position_frames: int = 31  # rows of the frozen position table along time
     latent_position_size: int = 64  # rows of the frozen position table along height and along width
-    attention_backend: str = "sdpa"  # sdpa | dense
+    ce_chunk_rows: int = 2048  # rows of the LM head whose logits exist at a time, in forward and in backward
+    transformer_impl: str = "local"  # local (megatron-core's linears) | transformer_engine (its linears and norms)
+    attention_backend: str = "auto"  # auto: fastest of a trial on the device (CPU: sdpa) | one of ops/attention.py
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """FP8 of both experts' linears by megatron-core's recipes; needs model.transformer_impl = transformer_engine."""
+
+    recipe: str = "none"  # none | delayed | tensorwise | blockwise | mxfp8 (Blackwell), of the scaling factors
+    format: str = "hybrid"  # hybrid (e4m3, gradients e5m2) | e4m3
+    margin: int = 0  # powers of two between the greatest value and the format's; delayed
+    amax_history_len: int = 1024  # forward passes whose greatest values are remembered; delayed
+    amax_compute_algo: str = "max"  # max | most_recent, of that history; delayed
+    first_layers_bf16: int = 0  # layers at the start of the model that stay in bf16; not delayed
+    last_layers_bf16: int = 0  # layers at its end that do
 
 
 @dataclass(frozen=True)
@@ -114,11 +129,11 @@ class DataConfig:
     length_bands: int = 1  # 1: all steps alike; k: each step from one of k bands of length, packs in it more alike
     planning_window: int = 384  # packs that are formed at a time
     mixing_row_groups: int = 8  # row groups of a source whose rows are drawn mixed; a read of one serves all its rows
-    validation_fraction: float = 0.0  # share of rows, by a hash of their sample id, that training never sees
+    validation_fraction: float = 0.0  # share of rows, by a hash of file name and row, that training never sees
     vae_resolution: int = 640  # pixels; bucket area is its square
     vit_resolution: int = 616  # pixels
     vae_sides: tuple[int, ...] = ()  # pixels, (least short side, greatest long side) of VAE sizes; empty: any bucket
-    vit_sides: tuple[int, ...] = ()  # pixels, as vae_sides, of ViT sizes, which are multiples of 28
+    vit_sides: tuple[int, ...] = ()  # pixels, as vae_sides, of ViT sizes in whole patches of 14
     target_fps: float = 12.0  # frames per second
     max_seconds_generation: float = 6.0  # seconds, generation and editing
     max_seconds_understanding: float = 2.0  # seconds
@@ -210,7 +225,7 @@ class TrainingConfig:
     resume: str | int = (
         ""  # empty: start afresh | auto: the latest if there is one | latest | a step | a checkpoint's folder
     )
-    progress: bool = False  # progress bar instead of log lines
+    progress: bool = False  # progress bar instead of log lines, on a terminal
 
 
 @dataclass(frozen=True)
@@ -258,6 +273,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoders: EncoderConfig = field(default_factory=EncoderConfig)

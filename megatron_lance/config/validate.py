@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megatron_lance.config.fp8 import RECIPES, fp8_problems
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import (
     DataConfig,
@@ -24,8 +25,20 @@ TASKS = ("t2i", "t2v", "i2v", "i_edit", "v_edit", "s2i", "s2v", "i2t", "v2t", "t
 _CHOICES: dict[str, Sequence[str | None]] = {
     "model.rope_inv_freq_dtype": (None, "float32", "bfloat16"),
     "model.mape": ("release", "paper", "none"),
-    "model.attention_backend": ("sdpa", "dense"),
+    "model.attention_backend": (
+        "auto",
+        "varlen_te",
+        "varlen_torch",
+        "flex",
+        "sdpa",
+        "varlen_emulated",
+        "dense",
+    ),
+    "model.transformer_impl": ("local", "transformer_engine"),
     "ops.mape": ("auto", "fused", "reference"),
+    "fp8.recipe": RECIPES,
+    "fp8.format": ("hybrid", "e4m3"),
+    "fp8.amax_compute_algo": ("max", "most_recent"),
     "parallel.recompute_granularity": (None, "selective", "full"),
     "data.frame_sampling": ("release", "trim"),
     "data.dropout_scheme": ("release", "paper"),
@@ -41,9 +54,9 @@ _CHOICES: dict[str, Sequence[str | None]] = {
 _POSITIVE = (
     "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads model.num_query_groups "
     "model.kv_channels model.vocab_size model.layernorm_epsilon model.rotary_base model.mape_step "
-    "model.latent_channels model.latent_position_frames model.latent_position_size "
+    "model.latent_channels model.latent_position_frames model.latent_position_size model.ce_chunk_rows "
     "parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size parallel.context_parallel_size "
-    "parallel.recompute_num_layers parallel.region_alignment "
+    "parallel.recompute_num_layers parallel.region_alignment fp8.amax_history_len "
     "data.epochs data.seq_length data.length_bands data.planning_window data.mixing_row_groups data.target_fps "
     "data.max_seconds_generation data.max_seconds_understanding data.decode_threads data.steps_ahead "
     "data.media_seconds "
@@ -57,7 +70,8 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
-    "data.workers optimizer.clip_grad optimizer.lr_warmup_iters training.seed training.save_interval "
+    "fp8.margin fp8.first_layers_bf16 fp8.last_layers_bf16 data.workers optimizer.clip_grad "
+    "optimizer.lr_warmup_iters training.seed training.save_interval "
     "training.keep_last training.keep_every training.fully_reshardable_every training.stop_after_minutes "
     "training.hang_seconds training.straggler_factor training.spike_factor training.max_rewinds"
 ).split()
@@ -84,6 +98,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_recompute(config),
         *_model(config.model),
         *_ops(config),
+        *fp8_problems(config),
         *_tensor_split(config.model, config.parallel),
         *_video_length(config.data, config.model),
         *_sources(config.data),

@@ -3,7 +3,7 @@
 Station: shares -> [background reading] -> encoders.  In: which tasks a step has.  Out: what they give, step by step, in
 the order of the tasks, the same bits as without workers.  torch's DataLoader owns the processes; here is what it leaves
 out: a worker that dies is replaced and its task done again, a picture or clip whose decoding ends a worker twice or
-takes too long is given up, and at most a number of steps is held.
+takes too long is given up, at most a number of steps is held, and workers end with the process that started them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections import Counter, deque
@@ -19,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ DEATHS_PER_ITEM = 2
 """Workers that may end while they decode an item, before it is given up."""
 DEATHS_IN_A_ROW = 5
 """Workers that may end without a result in between, before reading is given up."""
+LOST_IN_A_ROW = 8
+"""Items given up because their workers ended, without one decoded in between, before reading is given up."""
 _PID, _NUMBER, _BUSY, _DECODING_SINCE, _FIELDS = range(5)
 """What a worker says of itself: process, number of its task, whether it does it, since when it decodes (0: not yet)."""
 
@@ -111,9 +114,27 @@ _notes = _Notes()
 
 
 def _begin_worker(_: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     package = logging.getLogger("megatron_lance")
     package.addHandler(_notes)
     package.propagate = False
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone, however that ended.
+
+    torch's own watch looks at the parent in the system's sense, the fork server, which lives as long as a worker does.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
+
+
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files to the hard one: every tensor that waits in shared memory is such a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Jobs(Dataset[_Result]):
@@ -143,10 +164,23 @@ class _Jobs(Dataset[_Result]):
 
 
 def _shared(value: PackTokens | Media) -> PackTokens | Media:
-    """The value, its pixels in shared memory already: who runs out of it is still at the task."""
-    for one in value if isinstance(value, tuple) else ():
-        if not isinstance(one, ValueError):
-            one.data.share_memory_()
+    """The value, its tensors in shared memory already: a result that finds no room on its way would never arrive.
+
+    Raises:
+        ReaderError: if there is no room.
+    """
+    if isinstance(value, PackTokens):
+        tensors = [value.token_ids, value.ce_rows, value.ce_labels]
+    else:
+        tensors = [one.data for one in value if not isinstance(one, ValueError)]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise ReaderError(
+            f"data.steps_ahead, data.workers: what is read ahead finds no room in shared memory ({error}); make "
+            "/dev/shm larger (for a container --shm-size), lower data.steps_ahead, or set data.workers=0"
+        ) from error
     return value
 
 
@@ -182,9 +216,10 @@ class _Workers:
         self._number = count()
         self._waiting: deque[_Job] = deque()
         self._deaths: Counter[int] = Counter()
-        self._deaths_in_a_row = 0
+        self._deaths_in_a_row = self._lost_in_a_row = 0
         self.given_up: dict[ItemKey, str] = {}
         self.restarts = self.retries = 0
+        _allow_open_files()
         context = multiprocessing.get_context("forkserver")  # a fork of a rank would copy its threads' locks
         context.set_forkserver_preload(["__main__", __name__])
         self._states = context.RawArray("d", ahead.workers * _FIELDS)
@@ -232,6 +267,8 @@ class _Workers:
         self.retries += result.retries
         job = self._waiting.popleft()
         self._deaths.pop(job.number, None)
+        if isinstance(result.value, tuple) and not any(isinstance(one, ValueError) for one in result.value):
+            self._lost_in_a_row = 0
         if isinstance(result.value, UserError):
             raise result.value
         return job.task, result.value
@@ -283,10 +320,7 @@ class _Workers:
         """Start again after a worker's death; give up what has killed several."""
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
-            raise ReaderError(
-                f"data.workers = {self._ahead.workers}: worker processes ended {DEATHS_IN_A_ROW} times in a "
-                f"row ({cause}); give them more memory and room in /dev/shm, or set data.workers=0"
-            )
+            raise self._hopeless(f"ended {DEATHS_IN_A_ROW} times in a row ({cause})")
         time.sleep(LOOK_SECONDS / 4)  # until who is dead is known to be
         for at in range(0, len(self._states), _FIELDS):
             job = self._job_of(at)
@@ -295,8 +329,17 @@ class _Workers:
             self._deaths[job.number] += 1
             if self._deaths[job.number] >= DEATHS_PER_ITEM and isinstance(job.task, MediaTask):
                 self._give_up(job, f"decoding ended the process that did it, {DEATHS_PER_ITEM} times")
+                self._lost_in_a_row += 1
+        if self._lost_in_a_row >= LOST_IN_A_ROW:
+            raise self._hopeless(f"ended over {LOST_IN_A_ROW} pictures and clips in a row ({cause})")
         logger.warning("a worker process ended (%s); its task is done again", cause)
         self._restart()
+
+    def _hopeless(self, what: str) -> ReaderError:
+        return ReaderError(
+            f"data.workers = {self._ahead.workers}: worker processes {what}; give them more memory, or set "
+            "data.workers=0"
+        )
 
     def _job_of(self, at: int) -> _Job | None:
         """The job that a worker is at or was last at, unless its result has arrived."""

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from tqdm import tqdm
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import PromptConfig, SourceConfig
 from megatron_lance.data.facts import FILE_SCHEMA, FileFacts, facts_table
 from megatron_lance.data.prompt import Tokenizer
@@ -32,7 +33,7 @@ from megatron_lance.data.records import DataSetError, RecordReader, SourceFile
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 """Raised whenever a row would give other facts."""
 _ROWS = 2048
 """Rows of a job."""
@@ -97,8 +98,14 @@ def collect(
 
     Raises:
         DataSetError: if a data file cannot be read, or kills the process that reads it.
+        UserError: if the folder cannot be made.
     """
-    inquiry.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        inquiry.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"data.facts '{inquiry.folder}': cannot be written ({error.strerror}); name another folder"
+        ) from error
     paths: dict[tuple[int, str], Path] = {}
     jobs: list[_Job] = []
     for number, reader in enumerate(readers):
@@ -126,11 +133,12 @@ def collect(
 
 
 def _is_whole(path: Path, rows: int) -> bool:
-    """Whether there is a good facts file; a damaged one is made again."""
+    """Whether there is a good facts file; one that is damaged or lacks rows that could not be read is made again."""
     if not path.is_file():
         return False
     try:
-        return len(FileFacts(path)) == rows
+        facts = FileFacts(path)
+        return len(facts) == rows and facts.all_reached
     except (OSError, pa.ArrowException) as error:
         logger.warning("%s is damaged (%s) and made again", path, error)
         return False

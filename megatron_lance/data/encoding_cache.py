@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,8 @@ from megatron_lance.config.errors import UserError
 from megatron_lance.data.decode import DecodeRequest
 
 CACHE_FILE = "cache.json"
-VERSION = 1
+VERSION = 2
+"""Raised whenever the same media would give other pixels, or be kept otherwise."""
 SHARD_BYTES = 1 << 28
 """Encodings that a writer holds before it writes a shard."""
 _OPEN_SHARDS = 64
@@ -162,9 +164,7 @@ class CacheWriter:
         """Write what is waiting."""
         if not self._waiting:
             return
-        name = next(
-            f for n in range(1 << 31) if not (f := self._folder / f"{self._rank:04}-{n:06}.safetensors").exists()
-        )
+        name = self._folder / f"{self._rank:04}-{uuid4().hex}.safetensors"  # another job may write here too
         partial = name.with_name(f".{name.name}.partial")
         save_file(self._waiting, partial)
         with partial.open("rb") as file:

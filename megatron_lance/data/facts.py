@@ -18,7 +18,7 @@ import pyarrow as pa
 from megatron_lance.config.schema import PromptConfig
 from megatron_lance.data.media import MediaError, MediaInfo, probe
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.records import Media, Record, RecordError, RecordReader
+from megatron_lance.data.records import Media, Record, RecordError, RecordReader, UnreachableError
 from megatron_lance.data.tasks import Block, Dropout, assemble, outline
 from megatron_lance.packing.sample import Sample, Task
 from megatron_lance.packing.segment import Segment
@@ -36,8 +36,9 @@ FACTS_SCHEMA = pa.schema(
         *[("bare", _INT), ("bare_start", _INT), ("bare_stop", _INT), ("empty", _INT)],
     ]
 )
-FILE_SCHEMA = FACTS_SCHEMA.append(pa.field("cause", pa.string()))
-"""Columns of the facts of a data file, one row per row; `cause` says why a row cannot be used whatever the settings."""
+FILE_SCHEMA = FACTS_SCHEMA.append(pa.field("cause", pa.string())).append(pa.field("unreachable", pa.bool_()))
+"""Columns of the facts of a data file, one row per row; `cause` says why a row cannot be used whatever the settings,
+and `unreachable` that it is worth another look."""
 
 
 _CELL = 3
@@ -213,9 +214,11 @@ def facts_table(
     lines = []
     for row in rows:
         try:
-            lines.append(row_facts(reader, file, row, prompts, tokenizer).values() | {"cause": ""})
+            lines.append(
+                row_facts(reader, file, row, prompts, tokenizer).values() | {"cause": "", "unreachable": False}
+            )
         except (RecordError, MediaError) as error:
-            lines.append(nothing | {"cause": str(error)})
+            lines.append(nothing | {"cause": str(error), "unreachable": isinstance(error, UnreachableError)})
     return pa.RecordBatch.from_pylist(lines, schema=FILE_SCHEMA)
 
 
@@ -231,11 +234,16 @@ class FileFacts:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         if not table.schema.equals(FILE_SCHEMA):
             raise pa.ArrowInvalid(f"columns {', '.join(table.schema.names)}")
-        self._batch = table.combine_chunks().to_batches()[0]
+        self._batch = next(iter(table.combine_chunks().to_batches()), pa.RecordBatch.from_pylist([], FILE_SCHEMA))
 
     def __len__(self) -> int:
         """Rows."""
         return int(self._batch.num_rows)
+
+    @property
+    def all_reached(self) -> bool:
+        """Whether no row is worth another look."""
+        return self._batch.column("unreachable").true_count == 0
 
     def row(self, row: int) -> RowFacts | str:
         """The facts of a row, or why it cannot be used."""

@@ -28,6 +28,9 @@ _IMAGE_BEGINS = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
 VIDEO_FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
 """FFmpeg demuxers; playlists and the like are left out because they open further files."""
 
+MAX_PIXELS = 1 << 25
+"""Of a clip's frame, a little more than 8K: a small file may hold far larger ones, by which memory runs out."""
+
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # BT.601 whatever the clip's tag says, as DALI's decoders do.  These are PyAV's own swscale flags; with
 # FULL_CHR_H_INT | ACCURATE_RND the pixels are DALI's CPU decoder's bit for bit, at 3.5 times the cost per frame.
@@ -210,6 +213,8 @@ def _open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
                 raise MediaError("the video stream's codec is unknown")
             if stream.width < 1 or stream.height < 1:
                 raise MediaError(f"the video stream has no picture size: {stream.width}x{stream.height}")
+            if stream.width * stream.height > MAX_PIXELS:
+                raise MediaError(f"the video is of {stream.width}x{stream.height}, more than {MAX_PIXELS} pixels")
             stream.thread_count = 1  # clips are decoded side by side instead
             yield container, stream
     except av.FFmpegError as error:

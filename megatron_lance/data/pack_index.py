@@ -176,7 +176,7 @@ class PackIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy made by pickling maps the files anew."""
-        return PackIndex.open, (self.folder, self.for_validation)
+        return _open_again, (self.folder, self.for_validation, self.hash)
 
     def __len__(self) -> int:
         """Planned packs."""
@@ -306,6 +306,22 @@ class _Table:
             found += part
             start, count = start + len(part), count - len(part)
         return found
+
+
+def _open_again(folder: Path, for_validation: bool, known: str) -> PackIndex:
+    """An index that is open in another process.
+
+    Raises:
+        PackIndexError: if it was written anew meanwhile.
+    """
+    index = PackIndex.open(folder, for_validation)
+    if index.hash != known:
+        setting, _ = _names(for_validation)
+        raise PackIndexError(
+            f"{setting} '{folder}': has hash {index.hash}, the run began with {known}; it was written anew: start the "
+            "run again"
+        )
+    return index
 
 
 def _names(for_validation: bool) -> tuple[str, str]:

@@ -32,7 +32,7 @@ from megatron_lance.packing.packer import mask_pairs
 from megatron_lance.packing.sample import Sample
 from megatron_lance.packing.segment import SegmentKind
 
-VERSION = 6
+VERSION = 7
 """Raised whenever the same configuration would give another index."""
 INDEX_FILE = "index.json"
 PACKS_FILE = "packs.arrow"
@@ -196,8 +196,18 @@ class IndexWriter:
         self._counts = {"packs": 0, "samples": 0, "tokens": 0, "epochs": 0}
 
     def __enter__(self) -> IndexWriter:
-        """Open the two tables."""
-        self._partial.mkdir(parents=True)
+        """Open the two tables.
+
+        Raises:
+            PackIndexError: if the folder cannot be made.
+        """
+        shutil.rmtree(self._partial, ignore_errors=True)  # of a process with our number that was killed
+        try:
+            self._partial.mkdir(parents=True)
+        except OSError as error:
+            raise PackIndexError(
+                f"data.pack_index '{self._folder}': cannot be written ({error.strerror}); name another folder"
+            ) from error
         self._stack = ExitStack()
         self._stack.callback(shutil.rmtree, self._partial, ignore_errors=True)
         self._tables = {

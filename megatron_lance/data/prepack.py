@@ -110,9 +110,12 @@ class _Source:
         return self.facts[number], Place(self.name, self.reader.files[number].name, row - self.starts[number])
 
 
-def is_held_out(sample_id: str, fraction: float) -> bool:
-    """Whether a row belongs to the validation rows: its own id decides, whatever else is in the data set."""
-    digest = hashlib.blake2b(sample_id.encode(), digest_size=8, person=b"held-out").digest()
+def is_held_out(file: str, row: int, fraction: float) -> bool:
+    """Whether a row belongs to the validation rows: its own name decides, whatever else is in the data set.
+
+    The source's name is no part of it, so a file that two sources share (t2v and i2v) is split alike for both.
+    """
+    digest = hashlib.blake2b(f"{file}/{row}".encode(), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
@@ -198,8 +201,10 @@ def _chosen(reader: RecordReader, rows: Sequence[int], fraction: float, held_out
     if not fraction:
         return None
     name = reader.source.name
-    ids = (f"{name}/{f.name}/{row}" for f, count in zip(reader.files, rows, strict=True) for row in range(count))
-    chosen = np.flatnonzero(np.fromiter((is_held_out(i, fraction) for i in ids), bool, sum(rows)) == held_out)
+    held = (
+        is_held_out(f.name, row, fraction) for f, count in zip(reader.files, rows, strict=True) for row in range(count)
+    )
+    chosen = np.flatnonzero(np.fromiter(held, bool, sum(rows)) == held_out)
     if not len(chosen) and not held_out:
         raise DataSetError(
             f"data.sources {name}: data.validation_fraction {fraction} leaves none of its {sum(rows)} rows for "

@@ -7,6 +7,7 @@ records of one shape for all schemas (system prompt, inputs in order, target) an
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 from bisect import bisect_right
 from collections import OrderedDict
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
-from megatron_lance.data.remote import PatientReads, is_local
+from megatron_lance.data.remote import LASTING, PatientReads, is_local
 from megatron_lance.packing.sample import Task
 
 INTERLEAVE = ("interleave_array", "element_dtype_array")
@@ -34,6 +35,10 @@ class DataSetError(DataError):
 
 class RecordError(DataError):
     """A row that cannot become a sample; prepack reports it and goes on."""
+
+
+class UnreachableError(RecordError):
+    """A row whose media could not be read now; another time they may."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ class _Lru:
 class RecordReader:
     """Rows of one source by (file, row); holds a bounded cache of row groups, one column each.
 
-    Reads of remote storage are repeated where they fail.  A copy made by pickling opens files of its own.
+    Reads of remote or mounted storage are repeated where they fail for a moment.  A copy made by pickling opens files
+    of its own.
 
     Attributes:
         files: sorted by name.
@@ -270,6 +276,7 @@ class RecordReader:
 
         Raises:
             RecordError: if there is nothing there, or a path or URL cannot be read.
+            UnreachableError: if it cannot be read now.
         """
         where = f"{self.source.name}/{file} row {row} {element}"
         if element.isdigit():
@@ -288,19 +295,26 @@ class RecordReader:
         return self._read_reference(file, _as_reference(value, where), where)
 
     def _read_reference(self, file: str, reference: str, where: str) -> bytes:
-        """Bytes behind a path or URL; a relative path starts at the parquet's folder."""
+        """Bytes behind a path or URL; a relative path starts at the parquet's folder.
+
+        Raises:
+            RecordError: if there is nothing to read.
+            UnreachableError: if reading fails for another reason.
+        """
         try:
             if "://" in reference:
                 file_system, path = fsspec.core.url_to_fs(reference)
             else:
                 file_system, path = self._fs, posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
             return bytes(self._read(file_system, reference, lambda: file_system.cat_file(path)))
-        except (OSError, ValueError, ImportError) as error:  # as in _list_files
+        except (*LASTING, ValueError, ImportError) as error:  # as in _list_files
             raise RecordError(f"{where}: '{reference}' cannot be read ({error}); check the path") from error
+        except OSError as error:
+            raise UnreachableError(f"{where}: '{reference}' cannot be read ({error}); check the storage") from error
 
     def _read(self, file_system: Any, name: str, read: Callable[[], Any]) -> Any:
-        """A read of a file system, repeated where that is remote and fails for a moment."""
-        return read() if is_local(file_system) else self._patiently(name, read)
+        """A read of a file system, repeated where that fails for a moment."""
+        return self._patiently(name, read, mounted=is_local(file_system))
 
     def _interleaved_record(self, file: str, row: int) -> Record:
         where = f"{self.source.name}/{file} row {row}"
@@ -462,7 +476,7 @@ def _stamp(info: dict[str, Any]) -> str:
 def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
     """(file system, what a path names with its details, the folder that names are relative to)."""
     fs, root = fsspec.core.url_to_fs(path)
-    if "*" in root or "?" in root or "[" in root:
+    if any(c in root for c in "*?[") and not fs.exists(root):  # a name may hold them too
         found = fs.glob(root, detail=True)
         folder = root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
     elif fs.isdir(root):
@@ -471,4 +485,9 @@ def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
     else:
         found = {root: fs.info(root)} if fs.isfile(root) else {}
         folder = root.rpartition("/")[0]
-    return fs, found, folder
+    return fs, {name: _behind_link(fs, info) for name, info in found.items()}, folder
+
+
+def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """The details of a file; of what it leads to where it is a link, as in the cache of a hub."""
+    return dict(fs.info(os.path.realpath(info["name"]))) if info.get("islink") else info

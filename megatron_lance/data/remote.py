@@ -5,6 +5,7 @@ Station: beneath records.  In: a read.  Out: what it gives, or the error of the 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import time
@@ -20,8 +21,12 @@ ATTEMPTS = 5
 """Of one read."""
 FIRST_WAIT = 0.5
 """Seconds before the second attempt; doubled for each one after it."""
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Waiting does not mend these."""
+_OF_MOUNTS = frozenset(
+    {errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT}
+)
+"""What a network file system that is mounted (NFS, Lustre) fails with for a moment; other errors of files last."""
 
 T = TypeVar("T")
 
@@ -40,12 +45,13 @@ class PatientReads:
         self.retries = 0
         self._wait = FIRST_WAIT if wait is None else wait
 
-    def __call__(self, name: str, read: Callable[[], T]) -> T:
+    def __call__(self, name: str, read: Callable[[], T], mounted: bool = False) -> T:
         """The result of `read`.
 
         Args:
             name: of what is read, for the log.
             read: may be called ATTEMPTS times.
+            mounted: it reads files of this machine, whose errors last but for a few.
 
         Raises:
             OSError: of the last attempt, or one that lasts (no such file, no rights).
@@ -53,9 +59,11 @@ class PatientReads:
         for attempt in range(1, ATTEMPTS):
             try:
                 return _as_os_error(read)
-            except _LASTING:
+            except LASTING:
                 raise
             except OSError as error:
+                if mounted and error.errno not in _OF_MOUNTS:
+                    raise
                 wait = self._wait * 2 ** (attempt - 1)
                 logger.warning("%s: %s; attempt %d of %d follows in %.1f s", name, error, attempt + 1, ATTEMPTS, wait)
                 self.retries += 1
@@ -64,7 +72,7 @@ class PatientReads:
 
 
 def is_local(file_system: Any) -> bool:
-    """Whether a file system of fsspec is this machine's own, whose errors last."""
+    """Whether a file system of fsspec is this machine's own, mounted ones included."""
     return isinstance(file_system, LocalFileSystem)
 
 

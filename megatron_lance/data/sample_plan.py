@@ -16,7 +16,7 @@ from megatron_lance.data.media import MediaInfo
 from megatron_lance.data.records import RecordError
 from megatron_lance.data.sizes import (
     VAE_STRIDE,
-    VIT_STRIDE,
+    VIT_PATCH,
     Sides,
     bucket_size,
     sample_frames,
@@ -186,7 +186,7 @@ def _shape(info: MediaInfo, kind: SegmentKind, task: Task, frame_conditions: str
         of_picture = info.width, info.height, sizing.vit_resolution
         size = vit_size(*of_picture, sizing.vit_sides)
         segment = Segment.visual(kind, vit_grid(len(frames), size))
-        return _Shape(segment, frames, bucket_size(*of_picture, VIT_STRIDE, sizing.vit_sides), size)
+        return _Shape(segment, frames, bucket_size(*of_picture, VIT_PATCH, sizing.vit_sides), size)
     of_picture = info.width, info.height, sizing.vae_resolution
     size = vae_size(*of_picture, sizing.vae_sides)
     grid = vae_grid(len(frames), size)

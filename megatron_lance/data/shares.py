@@ -1,4 +1,4 @@
-"""Shares: which rank of a replica reads and encodes which media, and what a rank has to read for some packs.
+"""Shares: which replica trains on which packs, which rank of it encodes which media, and what a rank has to read.
 
 Station: pack index -> [shares] -> reading -> encoders.  Pure: every rank of a replica derives the same shares from the
 same packs.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_lance.data.pack_index import PlannedPack
 from megatron_lance.data.tasks import MediaItem
+from megatron_lance.packing.packer import deal_packs
 
 ItemKey = tuple[str, str, int, str]
 """Source, file, row, element."""
@@ -87,6 +88,11 @@ def share_out(costs: Sequence[int], ranks: int) -> list[int]:
         owner[job] = rank
         load[rank] += costs[job]
     return owner
+
+
+def packs_of_replica(packs: Sequence[PlannedPack], replicas: int, replica: int) -> list[int]:
+    """Which packs of a step a replica trains on: as many as any other has, and nearly the same work."""
+    return deal_packs([pack.cost for pack in packs], replicas)[replica]
 
 
 def shared_jobs(packs: Sequence[PlannedPack], ranks: int) -> list[tuple[MediaJob, int]]:

@@ -20,8 +20,10 @@ VAE_STRIDE = 16
 """Pixels per latent cell along height and width."""
 VAE_FRAMES = 4
 """Frames per latent frame; the first latent frame holds one frame."""
+VIT_PATCH = 14
+"""Pixels per ViT patch along height and width; the recipes' bounds of ViT sizes are multiples of it."""
 VIT_STRIDE = 28
-"""Pixels per ViT token along height and width: 14-pixel patches, merged 2x2."""
+"""Pixels per ViT token along height and width: patches, merged 2x2."""
 VIT_FRAMES = 2
 """Frames per ViT patch."""
 
@@ -52,11 +54,11 @@ def _buckets(resolution: int) -> tuple[tuple[int, int], ...]:
 
 
 @lru_cache(maxsize=64)
-def _allowed(resolution: int, stride: int, sides: Sides) -> tuple[tuple[int, int], ...]:
-    """The buckets whose crop to `stride` keeps the bounds."""
+def _allowed(resolution: int, patch: int, sides: Sides) -> tuple[tuple[int, int], ...]:
+    """The buckets that keep the bounds in whole patches."""
     if not sides:
         return _buckets(resolution)
-    crops = [(bucket, _crop_to_stride(bucket, stride, resolution)) for bucket in _buckets(resolution)]
+    crops = [(bucket, _crop_to_stride(bucket, patch, resolution)) for bucket in _buckets(resolution)]
     found = tuple(bucket for bucket, crop in crops if min(crop) >= sides[0] and max(crop) <= sides[1])
     if not found:
         sizes = ", ".join(f"{crop[0]}x{crop[1]}" for _, crop in crops)
@@ -65,7 +67,7 @@ def _allowed(resolution: int, stride: int, sides: Sides) -> tuple[tuple[int, int
 
 
 def bucket_size(
-    width: int, height: int, resolution: int, stride: int = BUCKET_STRIDE, sides: Sides = ()
+    width: int, height: int, resolution: int, patch: int = BUCKET_STRIDE, sides: Sides = ()
 ) -> tuple[int, int]:
     """(H, W) in pixels of the bucket whose ratio is closest to the picture's (spec/data.md section 3).
 
@@ -73,15 +75,15 @@ def bucket_size(
         width: of the picture, pixels.
         height: of the picture, pixels.
         resolution: pixels; the bucket's area is close to its square.
-        stride: pixels; that it will be cropped to, for the bounds.
-        sides: bounds of the cropped size; a picture of a ratio that they exclude goes to the closest other one.
+        patch: pixels; the bounds are of the bucket in whole patches.
+        sides: those bounds; a picture of a ratio that they exclude goes to the closest other one.
 
     Raises:
         ValueError: if a side is not positive, the resolution is too small for a bucket or the bounds exclude all.
     """
     if width < 1 or height < 1:
         raise ValueError(f"picture of {width}x{height}: both sides must be at least 1 pixel; drop the row")
-    return min(_allowed(resolution, stride, sides), key=lambda b: abs(width / height - b[1] / b[0]))
+    return min(_allowed(resolution, patch, sides), key=lambda b: abs(width / height - b[1] / b[0]))
 
 
 def _crop_to_stride(size: tuple[int, int], stride: int, resolution: int) -> tuple[int, int]:
@@ -101,7 +103,7 @@ def vae_size(width: int, height: int, resolution: int, sides: Sides = ()) -> tup
 
 def vit_size(width: int, height: int, resolution: int, sides: Sides = ()) -> tuple[int, int]:
     """(H, W) in pixels of the ViT input: the bucket, centre-cropped to a multiple of 28. Raises as bucket_size."""
-    return _crop_to_stride(bucket_size(width, height, resolution, VIT_STRIDE, sides), VIT_STRIDE, resolution)
+    return _crop_to_stride(bucket_size(width, height, resolution, VIT_PATCH, sides), VIT_STRIDE, resolution)
 
 
 def crop_window(width: int, height: int, bucket: tuple[int, int]) -> tuple[int, int, int, int]:

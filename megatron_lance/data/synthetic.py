@@ -14,6 +14,7 @@ from itertools import islice
 
 import numpy as np
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.data.sizes import ASPECT_RATIOS, bucket_size, sample_frames, vae_grid, vae_size, vit_grid, vit_size
 from megatron_lance.packing.packer import pack_lengths
 from megatron_lance.packing.rng import stream
@@ -217,6 +218,9 @@ def scaled_packs(stage: str, count: int, capacity: int, seed: int = 0) -> list[P
         count: packs.
         capacity: tokens of a pack; the recipe's own leaves samples as they are.
         seed: of all draws.
+
+    Raises:
+        UserError: if no sample shrinks that far.
     """
     factor = capacity / STAGES[stage].capacity
     if factor >= 1:
@@ -225,6 +229,8 @@ def scaled_packs(stage: str, count: int, capacity: int, seed: int = 0) -> list[P
     while True:
         drawn = (scaled(sample, factor) for sample in islice(stage_samples(stage, seed), number))
         samples = [sample for sample in drawn if sample.length <= capacity]
+        if not samples:
+            raise UserError(f"data.seq_length = {capacity}: no sample of stage {stage} is that short; raise it")
         groups = pack_lengths([s.length for s in samples], capacity)
         if len(groups) > count + 16:  # those still open at the end are not full
             return [Pack(tuple(samples[i] for i in group), capacity) for group in groups[:count]]

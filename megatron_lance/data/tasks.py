@@ -17,16 +17,6 @@ from megatron_lance.packing.rng import uniform
 from megatron_lance.packing.sample import Sample, Task
 from megatron_lance.packing.segment import Segment, SegmentKind
 
-_TARGET_KIND = {
-    Task.T2I: "image",
-    Task.T2V: "video",
-    Task.I2V: "video",
-    Task.I_EDIT: "image",
-    Task.V_EDIT: "video",
-    Task.S2I: "image",
-    Task.S2V: "video",
-}
-
 
 @dataclass(frozen=True)
 class MediaItem:
@@ -143,7 +133,7 @@ def _generation_outline(record: Record, task: Task, prompts: PromptConfig, dropo
     """Each condition's ViT block then its clean block, the caption, the noisy target."""
     conditions = [element for element in record.inputs if isinstance(element, Media)]
     caption = " ".join(element for element in record.inputs if isinstance(element, str) and element)
-    target, kind = record.target, _TARGET_KIND[task]
+    target, kind = record.target, task.makes
     if not isinstance(target, Media) or target.kind != kind:
         found = target.kind if isinstance(target, Media) else "text"
         raise RecordError(f"{record.sample_id}: the target is {found}; task {task} needs {kind}")

@@ -10,6 +10,7 @@ import logging
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from tqdm import tqdm
@@ -57,6 +58,7 @@ class _Packs:
     def __init__(self, index: PackIndex, rank: int, ranks: int) -> None:
         self._index, self._rank, self._ranks = index, rank, ranks
         self._tasks: dict[int, list[MediaTask]] = {}
+        self._lock = Lock()
         self._seen: set[int] = set()  # hashes: a clash only leaves an item to be encoded in training
 
     def __len__(self) -> int:
@@ -66,6 +68,11 @@ class _Packs:
         """Of the rank's pack of a number; to be asked for in order.  Behind the last one there is nothing to do."""
         if number >= len(self):
             return []
+        with self._lock:  # the thread that reads ahead asks too
+            return self._of(number)
+
+    def _of(self, number: int) -> list[MediaTask]:
+        """Of a pack that there is."""
         if number not in self._tasks:
             pack = self._index.pack(number * self._ranks + self._rank)
             new: dict[ItemKey, list[MediaItem]] = {}

@@ -9,10 +9,13 @@ tp rank, hn head channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -48,6 +51,8 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         attention_backend: of ops.attention.
         mape_backend: of ops.qk_norm_mape.
         mrope_section: frequencies per axis (temporal, height, width).
+        without_fp8: a context in which linears compute in bf16, for regions too small for FP8; None: they compute as
+            the others do.
         pg_collection: process groups.
         vp_stage: virtual pipeline stage.
     """
@@ -60,6 +65,7 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         attention_backend: str,
         mape_backend: str,
         mrope_section: tuple[int, ...],
+        without_fp8: Callable[[], AbstractContextManager[None]] | None,
         pg_collection: ProcessGroupCollection,
         vp_stage: int | None = None,
     ) -> None:
@@ -73,6 +79,7 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         self.recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.joint_attention = JointAttention(attention_backend, pg_collection.cp, "core_attn" in self.recomputed)
         self.mape_backend, self.mrope_section = mape_backend, mrope_section
+        self.without_fp8, self.tp_group = without_fp8, pg_collection.tp
         # Beyond the key/value heads, tp ranks share a group's QKV and each takes some of its query heads.
         tp, groups = pg_collection.tp.size(), config.num_query_groups or config.num_attention_heads
         sharing = max(1, tp // groups)
@@ -143,12 +150,22 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
     def _mlp(self, expert: TransformerLayer, rows: torch.Tensor) -> torch.Tensor:
         """Norm, MLP and residual of one expert: [s_region / tp, 1, h] -> the same shape."""
         normed, norm = self._norm(expert.pre_mlp_layernorm, rows)
-        recompute = "mlp" in self.recomputed
-        output = tensor_parallel.checkpoint(expert.mlp, False, normed) if recompute else expert.mlp(normed)
+        output = self._recomputed(expert.mlp, normed) if "mlp" in self.recomputed else expert.mlp(normed)
         if norm:
             norm.discard_output_and_register_recompute(output[0])
         add = expert.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add(output, rows, expert.hidden_dropout)
+
+    def _recomputed(self, module: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an MLP returns, nothing of it kept; FP8's scaling factors are as they were when it is run again."""
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(module, False, rows)
+        tracker = tensor_parallel.random.get_cuda_rng_tracker
+        return te_checkpoint(module, False, tracker, self.tp_group, rows)
+
+    def _precision(self, region: int, context: PackContext) -> AbstractContextManager[None]:
+        """What an expert's linears compute in: what surrounds the layer, or bf16 for a region too small for FP8."""
+        return self.without_fp8() if self.without_fp8 and context.small[region] else nullcontext()
 
     def forward(
         self, hidden_states: torch.Tensor, packed_seq_params: PackContext, **unused: object
@@ -161,9 +178,13 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         exchange = self.joint_attention.exchange(context, self.layer_number)
         experts, queries, sent = (self.und, self.gen), [], []
         for region, (expert, rows) in enumerate(zip(experts, shards, strict=True)):
-            q, kv = self._qkv(expert, rows, positions[region], context.inv_freq, buffers[region])
+            with self._precision(region, context):
+                q, kv = self._qkv(expert, rows, positions[region], context.inv_freq, buffers[region])
             sent.append(exchange.send(region, kv))  # und's is under way while gen projects
             queries.append(q)
         attended = self.joint_attention(join(queries), sent, exchange, context).split(list(context.region_rows))
-        outputs = [self._finish(*args) for args in zip(experts, attended, shards, strict=True)]
+        outputs = []
+        for region, args in enumerate(zip(experts, attended, shards, strict=True)):
+            with self._precision(region, context):
+                outputs.append(self._finish(*args))
         return torch.cat(outputs), None

@@ -61,6 +61,7 @@ class PackContext(PackedSeqParams):
     Attributes:
         region_rows: (und, gen) rows of this cp rank.
         shard_rows: (und, gen) rows of this tp rank's shard.
+        small: whether the (und, gen) region is too small for FP8, see Layout.
         plan: slices whose queries lie on this cp rank.
         query_rows: int64 [queries], see RankBatch.
         row_queries: int64 [R].
@@ -73,6 +74,7 @@ class PackContext(PackedSeqParams):
 
     region_rows: tuple[int, int]
     shard_rows: tuple[int, int]
+    small: tuple[bool, bool]
     plan: AttentionPlan
     query_rows: torch.Tensor
     row_queries: torch.Tensor

@@ -19,7 +19,9 @@ from megatron_lance.config.schema import ModelConfig
 from megatron_lance.model.embedder import Embedder
 from megatron_lance.model.heads import HeadOutputs, Heads
 from megatron_lance.model.joint_attention import KeyValueCache, PackContext
-from megatron_lance.model.layer_specs import block_submodules, device
+from megatron_lance.model.layer_specs import block_submodules, device, parts_of
+from megatron_lance.ops.attention_trial import AttentionUnavailable, choose_attention
+from megatron_lance.ops.attention_trial import Heads as AttentionHeads
 from megatron_lance.ops.mape import inverse_frequencies
 from megatron_lance.ops.qk_norm_mape import FusedUnavailable, choose_backend
 from megatron_lance.parallel.dispatch import RankBatch
@@ -59,7 +61,12 @@ class LanceModel(MegatronModule):
         self.decoder = TransformerBlock(
             config,
             block_submodules(
-                layers, model.attention_backend, _mape_backend(model, mape_backend), model.mrope_section, model.qk_norm
+                layers,
+                parts_of(config),
+                _attention_backend(config, model, groups.tp.size()),
+                _mape_backend(model, mape_backend),
+                model.mrope_section,
+                model.qk_norm,
             ),
             post_layer_norm=False,
             pre_process=pre_process,
@@ -81,6 +88,7 @@ class LanceModel(MegatronModule):
         return PackContext(
             region_rows=batch.region_rows,
             shard_rows=batch.shard_rows,
+            small=batch.small,
             plan=batch.plan,
             query_rows=batch.query_rows,
             row_queries=batch.row_queries,
@@ -104,6 +112,17 @@ class LanceModel(MegatronModule):
         hidden = self.embedder(batch) if self.embedder is not None else None
         hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=self.pack_context(batch, cache))
         return hidden if self.heads is None else self.heads(hidden, batch)
+
+
+def _attention_backend(config: TransformerConfig, model: ModelConfig, tp: int) -> str:
+    """The backend of the joint attention; with `auto` on GPUs all ranks take part in the choice."""
+    heads = AttentionHeads(model.num_attention_heads // tp, max(1, model.num_query_groups // tp), model.kv_channels)
+    try:
+        return choose_attention(model.attention_backend, heads, config.params_dtype, device())
+    except AttentionUnavailable as error:
+        raise UserError(
+            f"model.attention_backend = {model.attention_backend}: {error}; set auto, or another one that can serve"
+        ) from None
 
 
 def _mape_backend(model: ModelConfig, requested: str) -> str:

@@ -5,13 +5,14 @@ Station: configuration -> [TransformerConfig] -> layers, schedules, optimizer.
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from megatron.core.transformer import TransformerConfig
 
-from megatron_lance.config.schema import ModelConfig, ParallelConfig
+from megatron_lance.config.schema import Fp8Config, ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 """training.precision -> parameter dtype."""
@@ -22,7 +23,28 @@ def _filled_later(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: str) -> TransformerConfig:
+NO_FP8 = Fp8Config()
+
+
+def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
+    """FP8 in megatron-core's terms."""
+    if fp8.recipe == "none":
+        return {}
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.amax_history_len,
+        "fp8_amax_compute_algo": fp8.amax_compute_algo,
+        "first_last_layers_bf16": bool(fp8.first_layers_bf16 or fp8.last_layers_bf16),
+        "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
+    }
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: str, fp8: Fp8Config = NO_FP8
+) -> TransformerConfig:
     """The TransformerConfig both experts, the schedules and the optimizer share.
 
     Weights are not initialised by megatron-core: checkpoint.hf_lance fills every parameter by its public name.
@@ -31,10 +53,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         model: sizes.
         parallel: degrees and recompute.
         precision: a key of DTYPES.
+        fp8: of the experts' linears; without it they compute in the precision of their parameters.
     """
     dtype = DTYPES[precision]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
+    on_engine = model.transformer_impl == "transformer_engine"
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -77,5 +101,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         batch_p2p_comm=not interleaved,
         # gloo reads a sent tensor's storage after the send returns, so it must not be freed early
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        gradient_accumulation_fusion=importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        transformer_impl=model.transformer_impl,
+        use_te_activation_func=on_engine,
+        # Quantised weights are not kept for the next micro-batch: a region that was too small for FP8 in the first one
+        # would use those of the step before.  Against a pack's products, quantising again is nothing.
+        disable_parameter_transpose_cache=on_engine,
+        **_fp8_fields(fp8),
+        # TransformerEngine's linears add to a gradient buffer by themselves, megatron-core's by a module of apex
+        gradient_accumulation_fusion=on_engine or find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

@@ -3,8 +3,13 @@
 Station: rotation -> [joint attention] -> output projection.  In: q of some tokens, k and v of all tokens of the pack,
 in pack order, and the plan.  Out: the attended values of the queries.  Backends share one meaning:
 
-- ``sdpa``: a loop over the slices with torch's scaled dot product attention; any device.
+- ``varlen_te``, ``varlen_torch``: two variable-length calls over gathered keys, by cuDNN through TransformerEngine and
+  by the FlashAttention that torch carries; ``varlen_emulated``: the same calls sequence by sequence, on any device;
+- ``flex``: FlexAttention with a block mask built from the plan;
+- ``sdpa``: a loop over the slices with torch's scaled dot product attention; any device;
 - ``dense``: one call with the dense mask; the truth for tests, quadratic memory.
+
+A query without any key gives zeros.  ops/attention_trial.py chooses between them.
 
 Shapes: lq queries, l tokens of the pack, hq query heads, hkv key/value heads, d channels per head.
 """
@@ -12,30 +17,38 @@ Shapes: lq queries, l tokens of the pack, hq query heads, hkv key/value heads, d
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch.nn.attention.bias import causal_lower_right
 
+from megatron_lance.ops.attention_flex import flex_attention_of, why_not_flex
+from megatron_lance.ops.attention_te import FusedKernel, why_not_te
+from megatron_lance.ops.attention_varlen import (
+    EmulatedKernel,
+    FlashKernel,
+    Kernel,
+    kernel_calls,
+    varlen_attention,
+    why_not_half,
+)
+from megatron_lance.ops.rectangle import attend, attend_slice
 from megatron_lance.packing.attention_plan import AttentionPlan, Range
 
-Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend.
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    groups: int,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """One rectangle: q [lq, hq, d], k and v [lk, hkv, d], mask bool [lq, lk] or None -> [lq, hq, d]."""
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=groups > 1)
-    return out.squeeze(0).transpose(0, 1)
+    Attributes:
+        attend: q, k, v and plan -> attended values, see `joint_attention`.
+        why_not: device, type of q, channels per head -> why it cannot serve there; empty if it can.
+    """
+
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
+    why_not: Callable[[torch.device, torch.dtype, int], str]
 
 
 class _Pieces:
@@ -50,57 +63,59 @@ class _Pieces:
         self.edges = sorted(edges)
         sizes = [stop - start for start, stop in pairwise(self.edges)]
         self.parts = x.split(sizes)
+        self.none = x[:0]
 
     def take(self, ranges: tuple[Range, ...], dtype: torch.dtype) -> torch.Tensor:
         """Rows of the ranges, one after another, cast."""
         parts: list[torch.Tensor] = []
         for start, stop in ranges:
             parts += self.parts[bisect_left(self.edges, start) : bisect_left(self.edges, stop)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
-
-
-def _lower_right(n_q: int, n_k: int, device: torch.device) -> torch.Tensor:
-    """The bottom-right aligned causal mask: one that CUDA kernels know by name, else as bool [n_q, n_k]."""
-    if device.type == "cuda":
-        return causal_lower_right(n_q, n_k)
-    return torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(n_k - n_q)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts or [self.none])).to(dtype)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     if not plan.slices:  # keys and values stay in the graph: their gradients are reduced over all ranks
         return q + 0.0 * (k.sum() + v.sum()).to(q.dtype)
-    groups = q.shape[1] // k.shape[1]
     keys, values = _Pieces(k, plan), _Pieces(v, plan)
     calls = list(kernel_calls(plan))
     outputs = []
-    for (n_q, key_ranges, causal), queries in zip(calls, q.split([call[0] for call in calls]), strict=True):
-        n_k = sum(stop - start for start, stop in key_ranges)
-        square = n_q == n_k
-        mask = _lower_right(n_q, n_k, q.device) if causal and not square else None
+    for (_, key_ranges, causal), queries in zip(calls, q.split([call[0] for call in calls]), strict=True):
         k_slice, v_slice = keys.take(key_ranges, q.dtype), values.take(key_ranges, q.dtype)
-        outputs.append(_attend(queries, k_slice, v_slice, groups, mask, causal=causal and square))
+        outputs.append(attend_slice(queries, k_slice, v_slice, causal))
     return torch.cat(outputs)
-
-
-def kernel_calls(plan: AttentionPlan) -> Iterator[tuple[int, tuple[Range, ...], bool]]:
-    """(queries, key ranges, causal) of each call.
-
-    Neighbouring slices that see the same keys whole are one call, so that the many chunks of a visual segment on a
-    context-parallel rank share one copy of its keys.
-    """
-    numbered = enumerate(plan.slices)
-    for (key_ranges, alone), group in groupby(numbered, lambda item: (item[1].keys, item[0] if item[1].causal else -1)):
-        yield sum(piece.num_queries for _, piece in group), key_ranges, alone >= 0
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     full = torch.from_numpy(plan.dense()).to(q.device)
     rows = [torch.arange(*piece.query, device=q.device) for piece in plan.slices]
     mask = full[torch.cat(rows)] if rows else full[:0]
-    return _attend(q, k.to(q.dtype), v.to(q.dtype), q.shape[1] // k.shape[1], mask)
+    return attend(q, k.to(q.dtype), v.to(q.dtype), mask)
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": _sdpa, "dense": _dense}
+def _anywhere(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return ""
+
+
+KERNELS: dict[str, Kernel] = {
+    "varlen_te": FusedKernel(),
+    "varlen_torch": FlashKernel(),
+    "varlen_emulated": EmulatedKernel(),
+}
+"""Of the variable-length backends."""
+
+
+def _varlen(name: str, why_not: Callable[[torch.device, torch.dtype, int], str]) -> Backend:
+    return Backend(partial(varlen_attention, kernel=KERNELS[name]), why_not)
+
+
+BACKENDS: dict[str, Backend] = {
+    "varlen_te": _varlen("varlen_te", why_not_te),
+    "varlen_torch": _varlen("varlen_torch", why_not_half),
+    "flex": Backend(flex_attention_of, why_not_flex),
+    "sdpa": Backend(_sdpa, _anywhere),
+    "varlen_emulated": _varlen("varlen_emulated", _anywhere),
+    "dense": Backend(_dense, _anywhere),
+}
 
 
 def joint_attention(
@@ -111,7 +126,7 @@ def joint_attention(
     Args:
         q: [lq, hq, d], the queries of the plan's slices one after another.
         k: [l, hkv, d] in pack order; may be of higher precision than q: gradients of k and v are accumulated over
-            slices in k's and v's own precision.
+            slices in float32 or, if that is more, in k's and v's own precision.
         v: [l, hkv, d] in pack order.
         plan: whose slices' query ranges have lq tokens together.
         backend: a key of BACKENDS.
@@ -130,4 +145,4 @@ def joint_attention(
         )
     if backend not in BACKENDS:
         raise ValueError(f"model.attention_backend {backend!r}: choose one of {sorted(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, plan)
+    return BACKENDS[backend].attend(q, k, v, plan)

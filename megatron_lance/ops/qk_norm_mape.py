@@ -57,7 +57,7 @@ def why_not_fused(head_dim: int, device: torch.device) -> str:
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         return f"head size {head_dim} is no multiple of 8 up to {MAX_HEAD_DIM}; use the reference"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("megatron_lance::qk_norm_mape", device.type.upper()):
-        return f"the compiled ops lack {device.type}; rebuild them with MEGATRON_LANCE_CUDA=1"
+        return f"the compiled ops lack {device.type}; run `MEGATRON_LANCE_CUDA=1 python setup.py build_ext --inplace`"
     return ""
 
 
@@ -179,6 +179,9 @@ def qk_norm_mape(
 
     Raises:
         ValueError: if shapes or dtypes contradict one another.
+        RuntimeError: from the fused op, if the channels of a head or, in `out`, the heads of a row are not compact; on
+            a GPU also if rows are not aligned to 16 bytes (8 where half a head is no multiple of 16 bytes).
+        NotImplementedError: from the fused op, in the backward pass of its backward pass.
     """
     heads = qkv.shape[-1] // (2 * inv_freq.shape[0]) - 2 if query_heads is None else query_heads
     _check(qkv, positions, inv_freq, (query_weight, key_weight), sections, heads, query_offset)
@@ -264,6 +267,10 @@ def _backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]
     return *_gradients(ctx, grads), None, None, None, None
 
 
+def _no_second_backward(ctx: Any, *grads: torch.Tensor) -> None:
+    raise NotImplementedError("qk_norm_mape: the fused op has no second derivative; use the reference")
+
+
 def _fake(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -295,3 +302,4 @@ if not _NOT_LOADED:
     torch.library.register_fake("megatron_lance::qk_norm_mape_out", _fake_out)
     torch.library.register_fake("megatron_lance::qk_norm_mape_backward", _fake_backward)
     torch.library.register_autograd("megatron_lance::qk_norm_mape", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("megatron_lance::qk_norm_mape_backward", _no_second_backward)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,10 +100,12 @@ class AttentionPlan:
     Attributes:
         length: real tokens of the pack.
         slices: by ascending query range; the ranges are disjoint.
+        prepared: what attention backends derived from the plan, so that all layers share it; not part of its value.
     """
 
     length: int
     slices: tuple[AttentionSlice, ...]
+    prepared: dict[tuple[str, Any], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def from_pack(cls, pack: Pack) -> AttentionPlan:
@@ -146,7 +149,7 @@ class AttentionPlan:
         """The mask as bool [L, L] (query, key); for tests, pictures and the `dense` backend."""
         mask = np.zeros((self.length, self.length), dtype=bool)
         for piece in self.slices:
-            columns = np.concatenate([np.arange(a, b) for a, b in piece.keys])
+            columns = np.concatenate([np.arange(0), *(np.arange(a, b) for a, b in piece.keys)])
             block = np.ones((piece.num_queries, piece.num_keys), dtype=bool)
             if piece.causal:
                 block = np.tril(block, piece.num_keys - piece.num_queries)
@@ -156,8 +159,30 @@ class AttentionPlan:
     def cell_shares(self, cells: int) -> npt.NDArray[np.float64]:
         """Share of allowed pairs in each cell of a grid over the mask: float64 [cells, cells]."""
         edges = np.linspace(0, self.length, cells + 1).astype(np.int64)
-        counts = sum((_cell_counts(piece, edges) for piece in self.slices), np.zeros((cells, cells), np.int64))
+        counts = sum(
+            (_cell_counts(piece, edges - piece.query[0], edges) for piece in self.slices),
+            np.zeros((cells, cells), np.int64),
+        )
         return np.asarray(counts / np.outer(np.diff(edges), np.diff(edges)), np.float64)
+
+    def tile_counts(self, tile: int, query_tiles: int, key_tiles: int) -> npt.NDArray[np.int64]:
+        """Allowed pairs in each tile of `tile` x `tile`, the slices' queries one after another.
+
+        Args:
+            tile: queries and keys of a tile.
+            query_tiles: tiles that hold at least all queries.
+            key_tiles: tiles that hold at least all tokens.
+
+        Returns:
+            int64 [query_tiles, key_tiles].
+        """
+        counts = np.zeros((query_tiles, key_tiles), np.int64)
+        keys, at = np.arange(key_tiles + 1) * tile, 0
+        for piece in self.slices:
+            first, last = at // tile, -(-(at + piece.num_queries) // tile)
+            counts[first:last] += _cell_counts(piece, np.arange(first, last + 1) * tile - at, keys)
+            at += piece.num_queries
+        return counts
 
     def picture(self, width: int = 64) -> str:
         """The mask as text: one character per cell of tokens, '#' all allowed, '+' some, '.' none."""
@@ -166,14 +191,24 @@ class AttentionPlan:
         return "\n".join("".join(row) for row in symbols)
 
 
-def _cell_counts(piece: AttentionSlice, edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Allowed pairs of a slice in every cell of a grid of tokens: int64 [cells, cells].
+def _cell_counts(
+    piece: AttentionSlice, query_edges: npt.NDArray[np.int64], key_edges: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Allowed pairs of a slice in every cell of a grid: int64 [query cells, key cells].
 
     A query that sees the first m of the gathered keys sees, before column edge c, min(m, keys before c) of them; its
     sum over a run of queries is a difference of prefix sums over m.
+
+    Args:
+        piece: the slice.
+        query_edges: of the cells, counted from the slice's first query; may lie outside of it.
+        key_edges: of the cells, tokens.
     """
-    before = np.stack([np.clip(edges, start, stop) - start for start, stop in piece.keys]).sum(0)  # keys before an edge
-    first, last = (np.clip(edges[i:][: len(edges) - 1], *piece.query) - piece.query[0] for i in (0, 1))
+    before = np.zeros_like(key_edges)  # keys before an edge
+    for start, stop in piece.keys:
+        before += np.clip(key_edges, start, stop) - start
+    within = np.clip(query_edges, 0, piece.num_queries)
+    first, last = within[:-1], within[1:]
     if not piece.causal:
         return np.outer(last - first, np.diff(before))
     offset = piece.num_keys - piece.num_queries

@@ -71,6 +71,7 @@ class _Work:
 
     @classmethod
     def of(cls, plan: AttentionPlan) -> _Work:
+        """Of every token of a plan's pack."""
         slice_of, seen = np.zeros(plan.length, np.int64), np.zeros(plan.length, np.int64)
         for number, piece in enumerate(plan.slices):
             start, stop = piece.query

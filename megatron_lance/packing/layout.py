@@ -64,6 +64,8 @@ class Layout:
         gen_rows: rows of the gen region of one context-parallel rank, padding included.
         tokens: int64 [cp, und_rows + gen_rows], the pack-order token of each row, PADDING for padding rows.
         length: real tokens of the pack, with or without rows.
+        small: whether the (und, gen) region has fewer tokens than one step of the alignment, alignment * tp rows, on
+            every context-parallel rank; such a region is not worth FP8.
     """
 
     cp: int
@@ -72,6 +74,7 @@ class Layout:
     gen_rows: int
     tokens: IntArray
     length: int
+    small: tuple[bool, bool]
 
     @classmethod
     def build(cls, pack: Pack, cp: int, tp: int, alignment: int, part: npt.NDArray[np.bool_] | None = None) -> Layout:
@@ -95,13 +98,15 @@ class Layout:
         experts = (np.flatnonzero(held & ~gen_mask), np.flatnonzero(held & gen_mask))
         und, gen = deal_queries(AttentionPlan.from_pack(pack), experts, cp)
         total = rows_per_rank(pack.capacity if part is None else int(held.sum()), cp, tp, alignment)
-        und_rows = _round_up(max(1, *(len(t) for t in und)), alignment * tp)
+        most = [max(map(len, region)) for region in (und, gen)]
+        und_rows = _round_up(max(1, most[0]), alignment * tp)
         gen_rows = total - und_rows
         tokens = np.full((cp, total), PADDING, dtype=np.int64)
         for rank in range(cp):
             tokens[rank, : len(und[rank])] = und[rank]
             tokens[rank, und_rows : und_rows + len(gen[rank])] = gen[rank]
-        return cls(cp, tp, und_rows, gen_rows, tokens, pack.length)
+        small = (most[0] < alignment * tp, most[1] < alignment * tp)
+        return cls(cp, tp, und_rows, gen_rows, tokens, pack.length, small)
 
     @property
     def rows(self) -> int:

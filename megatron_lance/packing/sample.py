@@ -43,6 +43,13 @@ class Task(StrEnum):
         """Whether the sample has a noisy target (and no CE loss)."""
         return self not in (Task.I2T, Task.V2T, Task.T2T)
 
+    @property
+    def makes(self) -> str:
+        """Kind of the target: image | video | text."""
+        if not self.is_generation:
+            return "text"
+        return "image" if self in (Task.T2I, Task.I_EDIT, Task.S2I) else "video"
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class RankBatch:
     Attributes:
         region_rows: (U, G).
         shard_rows: (u, g).
+        small: whether each region is too small for FP8, see Layout.
         plan: slices whose queries lie on this cp rank.
         positions: int64 [3, R]; zeros for padding rows.
         query_rows: int64 [queries], row of each of this rank's queries, in pack order.
@@ -59,6 +61,7 @@ class RankBatch:
 
     region_rows: tuple[int, int]
     shard_rows: tuple[int, int]
+    small: tuple[bool, bool]
     plan: AttentionPlan
     positions: torch.Tensor
     query_rows: torch.Tensor
@@ -85,12 +88,15 @@ class RankBatch:
     velocity_sources: torch.Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> RankBatch:
-        """The batch on a device; ViT output and latents that enter the model are cast to `dtype`."""
+        """The batch on a device; ViT output and latents that enter the model are cast to `dtype`.
+
+        A GPU goes on with what it does meanwhile: tensors are copied from pinned memory, in the precision they shall
+        have, as any other copy would be waited for.
+        """
         cast = {"vit", "noisy_latents"}
-        moved = {
-            f.name: getattr(self, f.name).to(device, dtype if f.name in cast else None, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        moved: dict[str, Any] = {
+            name: _moved(t, device, dtype if name in cast else t.dtype) for name, t in tensors.items()
         }
         return replace(self, **moved)
 
@@ -98,6 +104,13 @@ class RankBatch:
         """The batch with all loss weights zero."""
         weights = torch.zeros_like(self.ce_weights), torch.zeros_like(self.velocity_weights)
         return replace(self, ce_weights=weights[0], velocity_weights=weights[1])
+
+
+def _moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensor.to(dtype)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _content_index(pack: Pack, *kinds: SegmentKind) -> np.ndarray:
@@ -258,6 +271,7 @@ def rank_batch(
     return RankBatch(
         region_rows=(layout.und_rows, layout.gen_rows),
         shard_rows=layout.shard_rows,
+        small=layout.small,
         plan=AttentionPlan.from_pack(pack).restrict(layout.query_ranges(cp_rank)),
         positions=torch.from_numpy(np.where(rows == PADDING, 0, positions[:, np.maximum(rows, 0)])),
         **_query_maps(layout, cp_rank),

@@ -55,6 +55,7 @@ def check_sampling(path: Path, config: GoldenConfig, velocity: Velocity) -> list
         scale=raw["cfg_text_scale"],
         interval=tuple(raw["cfg_interval"]),
         renorm=raw["cfg_renorm"][0],
+        renorm_min=raw["cfg_renorm"][1],
     )
     target = request.target_rows
     calls: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
@@ -65,7 +66,9 @@ def check_sampling(path: Path, config: GoldenConfig, velocity: Velocity) -> list
         return result
 
     latents = sample([request], [tensors["x_T_noise_all_vae_tokens"]], recorded, settings)
-    worst = {"x": 0.0, "v_cond": 0.0, "v_uncond": 0.0, "latent": relative(latents[0], tensors["x_0_latent/0"])}
+    # the reference records the latents of every VAE block, the target's last
+    last = max((key for key in tensors if key.startswith("x_0_latent/")), key=lambda key: int(key.split("/")[1]))
+    worst = {"x": 0.0, "v_cond": 0.0, "v_uncond": 0.0, "latent": relative(latents[0], tensors[last])}
     for step, (x, velocities) in enumerate(calls):
         worst["x"] = max(worst["x"], relative(x, tensors[f"step{step}/x_t_all_vae_tokens"]))
         for name, v in zip(("v_cond", "v_uncond"), velocities, strict=False):

@@ -1,195 +1,166 @@
-"""Charts as SVG text, for pages that need no other file and no network.
+"""Charts as SVG pictures inside a page, drawn by matplotlib.
 
-Station: figures -> [SVG, HTML page] -> reports of the profiler and the planner.  Colours are told apart in print too;
-every mark carries its value as a tooltip.
+Station: figures -> [chart] -> pages of runs, profiles and plans.  A picture is a data URI, so no other file is needed.
 """
 
 from __future__ import annotations
 
+import base64
 import html
-import math
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-COLOURS = (
-    "#2f5d8c", "#c8641b", "#3f8f5f", "#8c3f6d", "#b8a13a", "#4aa3b8", "#7a5a3c", "#6e6ec0", "#a0a0a0", "#d98080",
-    "#5c8a2f", "#303030", "#c0c0c0",
-)  # fmt: skip
-WIDTH, ROW, RIGHT, TOP, BOTTOM, FONT = 860, 24, 20, 34, 44, 12
-"""Pixels."""
-HEIGHT = 300
-"""Pixels of the plot area of lines."""
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
-
-def _text(x: float, y: float, text: str, anchor: str = "start", weight: str = "normal") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" font-size="{FONT}">'
-        f"{html.escape(text)}</text>"
-    )
+POINTS = 400
+"""Of a curve; longer ones are drawn as the mean of as many stretches, with their range behind it."""
+_MOST_NAMED = 12
+_COLOURS = [colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
 
 
-def _svg(width: float, height: float, body: Sequence[str]) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="sans-serif">'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(body)}</svg>'
-    )
+@dataclass(frozen=True)
+class Chart:
+    """Curves.
+
+    Attributes:
+        title: of the chart.
+        unit: of the values; empty if they have none.
+        series: (x, values) by name.
+        x: name of the x axis.
+        log: whether values are on a logarithmic scale.
+        doublings: whether doublings of x lie equally far apart, and every x has its number.
+        from_zero: whether the scale begins at 0.
+        dots: whether every value is marked.
+    """
+
+    title: str
+    unit: str
+    series: Mapping[str, tuple[Sequence[int], Sequence[float]]]
+    x: str = "step"
+    log: bool = False
+    doublings: bool = False
+    from_zero: bool = False
+    dots: bool = False
 
 
-def _nice(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(power * step for step in (1, 2, 5, 10) if power * step >= value * (1 - 1e-9))
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars made of named pieces, with their sums.
 
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _legend(names: Sequence[str], y: float, left: float) -> tuple[list[str], float]:
-    """(marks and names in rows, the height they take)."""
-    body, x, row = [], float(left), 0
-    for i, name in enumerate(names):
-        needed = 24 + 7 * len(name)
-        if x + needed > WIDTH - RIGHT and x > left:
-            x, row = float(left), row + 1
-        at = y + 18 * row
-        body.append(f'<rect x="{x:.0f}" y="{at - 9:.0f}" width="11" height="11" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        body.append(_text(x + 15, at, name))
-        x += needed
-    return body, 18.0 * (row + 1)
-
-
-def stacked_bars(title: str, unit: str, bars: Mapping[str, Mapping[str, float]], limit: float | None = None) -> str:
-    """Horizontal bars made of named pieces.
-
-    Args:
+    Attributes:
         title: of the chart.
         unit: of the values.
         bars: by name of the bar, its pieces by name; not negative.
-        limit: drawn as a line across all bars.
+        limit: drawn as a line across all bars; None: none.
     """
-    names = list(dict.fromkeys(name for pieces in bars.values() for name, value in pieces.items() if value > 0))
-    left = max(120, 12 + max(7 * len(bar) for bar in bars))
-    most = max([sum(pieces.values()) for pieces in bars.values()] + [limit or 0.0]) or 1.0
-    step = _nice(most / 5)
-    scale = (WIDTH - left - RIGHT) / (math.ceil(most / step - 1e-9) * step)
-    legend, legend_height = _legend(names, TOP + 18, left)
-    top = TOP + legend_height + 12
-    bottom = top + ROW * len(bars)
-    body = [_text(10, 20, title, weight="bold"), *legend]
-    for i in range(math.ceil(most / step - 1e-9) + 1):
-        x = left + i * step * scale
-        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.0f}" y2="{bottom:.0f}" stroke="#dddddd"/>')
-        body.append(_text(x, bottom + 16, _number(i * step), "middle"))
-    body.append(_text(WIDTH - RIGHT, bottom + 34, unit, "end"))
-    for row, (bar, pieces) in enumerate(bars.items()):
-        y, x = top + row * ROW + 4, float(left)
-        body.append(_text(left - 8, y + 13, bar, "end"))
-        for name in names:
-            size = pieces.get(name, 0.0) * scale
-            if size > 0:
-                tip = html.escape(f"{bar}, {name}: {pieces[name]:.4g} {unit}")
-                colour = COLOURS[names.index(name) % len(COLOURS)]
-                body.append(
-                    f'<rect x="{x:.1f}" y="{y:.0f}" width="{size:.1f}" height="{ROW - 8}" fill="{colour}">'
-                    f"<title>{tip}</title></rect>"
-                )
-                x += size
-        body.append(_text(x + 4, y + 13, _number(sum(pieces.values()))))
-    if limit is not None:
-        x = left + limit * scale
-        body.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4:.0f}" y2="{bottom:.0f}" stroke="#c00000" stroke-width="2"/>'
-        )
-    return _svg(WIDTH, bottom + BOTTOM, body)
+
+    title: str
+    unit: str
+    bars: Mapping[str, Mapping[str, float]]
+    limit: float | None = None
+
+    @property
+    def pieces(self) -> list[str]:
+        """Names of the pieces that some bar has."""
+        every = (name for pieces in self.bars.values() for name, value in pieces.items() if value > 0)
+        return list(dict.fromkeys(every))
 
 
-def lines(
-    title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float]]], log_x: bool = False
-) -> str:
-    """Points joined by lines, from zero on the y axis.
+def thinned(steps: Sequence[int], values: Sequence[float], points: int = POINTS) -> np.ndarray:
+    """float64 [4, n]: x, mean, least and greatest value of at most `points` stretches of a curve."""
+    pieces = min(points, len(steps))
+    parts = zip(np.array_split(np.asarray(steps, float), pieces), np.array_split(values, pieces), strict=True)
+    return np.array([(s.mean(), v.mean(), v.min(), v.max()) for s, v in parts]).T
+
+
+def draw(chart: Chart | Bars, marks: Sequence[tuple[int, str, str]] = ()) -> Figure:
+    """A chart as a figure.
 
     Args:
-        title: of the chart.
-        x_name: of the x axis.
-        y_name: of the y axis.
-        series: by name, points by ascending x.
-        log_x: doublings of x lie equally far apart.
+        chart: what is drawn.
+        marks: (x, event, colour) of vertical lines across curves.
     """
-    points = [point for values in series.values() for point in values]
-
-    def place(x: float) -> float:
-        return math.log2(x) if log_x else x
-
-    low, high = min(place(x) for x, _ in points), max(place(x) for x, _ in points)
-    most = max(y for _, y in points) or 1.0
-    step = _nice(most / 5)
-    ceiling = math.ceil(most / step - 1e-9) * step
-    left = 80
-    legend, legend_height = _legend(list(series), TOP + 18, left)
-    top = TOP + legend_height + 28
-    across = (WIDTH - left - 40) / max(high - low, 1e-9)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + (place(x) - low) * across, top + HEIGHT * (1 - y / ceiling)
-
-    body = [_text(10, 20, title, weight="bold"), *legend]
-    for i in range(round(ceiling / step) + 1):
-        y = at(points[0][0], i * step)[1]
-        body.append(f'<line x1="{left}" x2="{WIDTH - 40}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
-        body.append(_text(left - 6, y + 4, _number(i * step), "end"))
-    for x in sorted({x for x, _ in points}):
-        body.append(_text(at(x, 0)[0], top + HEIGHT + 18, _number(x), "middle"))
-    body.append(_text(WIDTH - 40, top + HEIGHT + 36, x_name, "end"))
-    body.append(_text(left, top - 8, y_name))
-    for number, (name, values) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*value) for value in values))
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for value in values:
-            x, y = at(*value)
-            tip = html.escape(f"{name}: {_number(value[0])}, {value[1]:.4g}")
-            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"><title>{tip}</title></circle>')
-    return _svg(WIDTH, top + HEIGHT + BOTTOM + 6, body)
+    if isinstance(chart, Chart):
+        size = (6.2, 2.9)
+    else:  # as high as the bars or the legend beside them
+        size = (10.5, 0.9 + max(0.26 * len(chart.bars), 0.18 * (1 + len(chart.pieces))))
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_title(f"{chart.title} ({chart.unit})" if chart.unit else chart.title, loc="left")
+    axes.grid(alpha=0.25)
+    if isinstance(chart, Bars):
+        _bars(axes, chart)
+        return figure
+    for name, (steps, values) in chart.series.items():
+        _curve(axes, chart, name, thinned(steps, values))
+    for x, _, colour in marks:
+        axes.axvline(x, color=colour, linewidth=0.8, linestyle=":")
+    _scales(axes, chart)
+    return figure
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts."""
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-STYLE = (
-    "body{font-family:sans-serif;max-width:980px;margin:24px auto;color:#222}h1{font-size:22px}h2{font-size:17px;"
-    "margin-top:32px}table{border-collapse:collapse;font-size:13px}td,th{padding:3px 9px;border-bottom:1px solid #ddd;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}p{line-height:1.45}pre{background:#f5f5f5;"
-    "padding:10px;overflow-x:auto;font-size:12px}"
-)
-
-
-def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Write one HTML file that needs nothing else.
+def svg(chart: Chart | Bars, marks: Sequence[tuple[int, str, str]] = ()) -> str:
+    """A chart as a data URI; the same figures give the same text.
 
     Args:
-        path: to write.
-        title: of the page.
-        sections: (heading, HTML) in order.
+        chart: what is drawn.
+        marks: (x, event, colour) of vertical lines across curves.
     """
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
-    path.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n",
-        encoding="utf-8",
-    )
+    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": chart.title}):
+        file = io.StringIO()
+        draw(chart, marks).savefig(file, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue().encode()).decode()}"
 
 
-def paragraph(text: str) -> str:
-    """A text as HTML."""
-    return f"<p>{html.escape(text)}</p>"
+def image(chart: Chart | Bars, marks: Sequence[tuple[int, str, str]] = ()) -> str:
+    """A chart as HTML; see `svg`."""
+    return f'<img alt="{html.escape(chart.title)}" src="{svg(chart, marks)}">'
 
 
-def preformatted(text: str) -> str:
-    """A text as it stands, as HTML."""
-    return f"<pre>{html.escape(text)}</pre>"
+def _curve(axes: Any, chart: Chart, name: str, curve: np.ndarray) -> None:
+    x, mean, least, greatest = curve
+    (line,) = axes.plot(x, mean, label=name, linewidth=1.1, marker="o" if chart.dots else None, markersize=3)
+    if (greatest > least).any():
+        axes.fill_between(x, least, greatest, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _scales(axes: Any, chart: Chart) -> None:
+    """Scales and legend."""
+    axes.set_xlabel(chart.x)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if chart.doublings:
+        axes.set_xscale("log", base=2)
+        places = sorted({x for steps, _ in chart.series.values() for x in steps})
+        axes.set_xticks(places, [f"{x:,}" for x in places], rotation=30, fontsize=7)
+    if chart.log and all(value > 0 for _, values in chart.series.values() for value in values):
+        axes.set_yscale("log")
+    if chart.from_zero:
+        axes.set_ylim(0, 1.08 * max(value for _, values in chart.series.values() for value in values) or 1)
+    if 1 < len(chart.series) <= _MOST_NAMED or list(chart.series) != [chart.title]:
+        axes.legend(fontsize=7, ncols=1 + len(chart.series) // 7, framealpha=0.6)
+
+
+def _bars(axes: Any, chart: Bars) -> None:
+    """Pieces one behind the other, the first bar at the top."""
+    rows = range(len(chart.bars))
+    left = np.zeros(len(chart.bars))
+    for number, name in enumerate(chart.pieces):
+        sizes = np.array([pieces.get(name, 0.0) for pieces in chart.bars.values()])
+        axes.barh(rows, sizes, left=left, height=0.7, label=name, color=_COLOURS[number % len(_COLOURS)])
+        left += sizes
+    for row, whole in zip(rows, left, strict=True):
+        axes.annotate(f"{whole:.3g}", (whole, row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    if chart.limit is not None:
+        axes.axvline(chart.limit, color="#c00000", linewidth=1.5, label="limit")
+    axes.set_yticks(rows, list(chart.bars))
+    axes.set_ylim(len(chart.bars) - 0.4, -0.6)
+    axes.set_xlim(0, 1.08 * max([*left, chart.limit or 0.0]) or 1)
+    axes.grid(visible=False, axis="y")
+    if chart.pieces:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.3, frameon=False)

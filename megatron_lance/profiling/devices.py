@@ -7,6 +7,7 @@ nodes (one 400 Gb/s, for A100 200 Gb/s, adapter per device).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,13 @@ DEVICES: tuple[Device, ...] = (
 
 
 def find_device(name: str) -> Device | None:
-    """The entry whose name is part of what torch (or a person) calls a device; None if unknown."""
-    return next((device for device in DEVICES if device.name in name.upper()), None)
+    """The entry that a name as torch (or a person) says it means; None if unknown.
+
+    PCIe and NVL boards of the same name are slower, so they are not taken for it; a "G" before it (GH200) is.
+    """
+    if re.search("PCIE|NVL", name.upper()):
+        return None
+    return next((d for d in DEVICES if re.search(rf"(?<![A-Z0-9])G?{d.name}(?![0-9])", name.upper())), None)
 
 
 def peak_tflops(precision: str) -> float | None:

@@ -81,6 +81,11 @@ class Work:
         rows = [[getattr(work, field.name) for field in fields(cls)] for work in works]
         return cls(*map(sum, zip(*rows, strict=True)))
 
+    @classmethod
+    def mean(cls, works: Sequence[Work]) -> Work:
+        """Mean, in whole numbers."""
+        return cls(*(round(value / len(works)) for value in vars(cls.total(works)).values()))
+
     @property
     def tokens(self) -> int:
         """Rows of both experts."""

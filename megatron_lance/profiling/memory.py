@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_lance.checkpoint.hf_lance import bindings
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_lance.model.freeze import is_frozen
-from megatron_lance.ops.attention import kernel_calls
+from megatron_lance.ops.attention import KERNELS
+from megatron_lance.ops.attention_varlen import kernel_calls
 from megatron_lance.packing.layout import rows_per_rank
 from megatron_lance.parallel.dispatch import RankBatch
 
@@ -146,19 +148,27 @@ class _Sizes:
     heads: int
     ffn: int
     vocabulary: int
+    chunk: int  # rows of the LM head at a time
+    held: int  # bytes a linear keeps of a value of its input
+    norm: int  # of a norm's value, with the linear behind it
+    mlp: int  # of a value between an MLP's linears
+    copies: int  # quantised weights of a layer, kept for backward
     tp: int
 
     @classmethod
     def of(cls, run: RunConfig) -> _Sizes:
+        """Of a configuration."""
         model, parallel = run.model, run.parallel
         tp, cp, hn = parallel.tensor_model_parallel_size, parallel.context_parallel_size, model.kv_channels
-        rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
+        rows = rows_per_rank(run.data.seq_length, cp, tp, row_alignment(run))
         groups = max(model.num_query_groups // tp, 1)
+        width, fp8 = 4 if run.training.precision == "float32" else 2, run.fp8.recipe != "none"
+        held, engine = 1 if fp8 else width, model.transformer_impl == "transformer_engine"
         return cls(
             rows=rows,
             length=run.data.seq_length,
             shard=rows // tp,
-            width=4 if run.training.precision == "float32" else 2,
+            width=width,
             hidden=model.hidden_size,
             q=model.num_attention_heads * hn // tp,
             kv=groups * hn,
@@ -166,6 +176,11 @@ class _Sizes:
             heads=model.num_attention_heads // tp,
             ffn=model.ffn_hidden_size // tp,
             vocabulary=model.vocab_size // tp,
+            chunk=model.ce_chunk_rows,
+            held=held,
+            norm=width + held if engine else 4 + 2 * width,
+            mlp=2 * width + held if engine else 5 * width,
+            copies=2 * _parameters(model, tp)[1] if fp8 else 0,
             tp=tp,
         )
 
@@ -176,9 +191,13 @@ def layer_activation_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
     Of the shard's rows, times hidden, for each of two norms: its float32 input, its output before and after the
     weight: 4 + 2 w (recomputed: the input, w).  Of all rows: QKV before norm and rotation w (q + 2 kv), queries in pack
     order and attention output, twice, 3 w q, log-sum-exp 4 per head, keys and values as each slice copies them 2 w kv
-    (float32 models keep those of all tokens beside them), gate and up, SiLU, up again, product: 5 w f.  The reference
+    (float32 models keep those of all tokens beside them; a variable-length backend that is named keeps those alone,
+    `auto` is counted as what keeps most), gate and up, SiLU, up again, product: 5 w f.  The reference
     of QK-norm and rotation keeps 2 w (q + 2 kv) more.  Recomputed attention keeps queries w q, output w q, gathered
     keys and values of all tokens 2 w kv, and its own 2 w kv; a recomputed MLP nothing.
+
+    TransformerEngine's norms keep their input and nothing in float32, its SwiGLU gate and up alone.  In FP8 linears
+    keep one byte of each value of their input, and their weights quantised twice, by rows and by columns.
 
     Args:
         run: the whole configuration.
@@ -187,26 +206,31 @@ def layer_activation_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
     s, load = _Sizes.of(run), load or PackLoad.usual(run)
     again = run.parallel.recompute_modules if run.parallel.recompute_granularity == "selective" else ()
     w = s.width
-    norms = 2 * s.shard * s.hidden * (w if "layernorm" in again else 4 + 2 * w)
+    norms = 2 * s.shard * s.hidden * (w if "layernorm" in again else s.norm)
     projected = s.rows * w * (s.qkv + (2 * (s.q + 2 * s.kv) if run.ops.mape == "reference" else 0))
     if "core_attn" in again:
-        attention = s.rows * w * (2 * s.q + 2 * s.kv) + 2 * w * s.kv * s.length
+        attention = s.rows * ((w + s.held) * s.q + 2 * w * s.kv) + 2 * w * s.kv * s.length
     else:
-        keys = 2 * w * s.kv * load.copied_keys + (2 * w * s.kv * s.length if w == 4 else 0)
-        attention = s.rows * (3 * w * s.q + 4 * s.heads) + keys
-    mlp = 0 if "mlp" in again else 5 * w * s.ffn * s.rows
-    return norms + projected + attention + mlp
+        copied = 0 if run.model.attention_backend in KERNELS else load.copied_keys
+        keys = 2 * w * s.kv * (copied + (s.length if w == 4 or not copied else 0))
+        attention = s.rows * ((2 * w + s.held) * s.q + 4 * s.heads) + keys
+    mlp = 0 if "mlp" in again else s.mlp * s.ffn * s.rows
+    copies = max(s.copies - (12 * s.hidden * s.ffn if "mlp" in again else 0), 0)
+    return norms + projected + attention + mlp + copies
 
 
 def _head_bytes(s: _Sizes, load: PackLoad) -> tuple[int, int]:
     """(kept, more at the start of backward) of final norms, LM head and CE.
 
-    Kept: both norms; of CE rows the gathered input, logits before and after unused ids are masked, float32
-    probabilities.  More: the gradient of the logits and of the head's weight, or the norms' own gradients.
+    Kept: both norms; of CE rows the input of the head.  More: of a chunk of rows the logits, in float32 too, or their
+    gradient and that of the head's weight, which several chunks add up in float32; or the norms' own gradients.
     """
-    w, logits = s.width, load.ce_rows * s.vocabulary
-    kept = s.shard * s.hidden * (4 + 2 * w) + load.ce_rows * s.hidden * w + logits * (w + 4)
-    return kept, max(s.vocabulary * s.hidden * w + logits * w, s.shard * s.hidden * (8 + w))
+    w, rows = s.width, min(load.ce_rows, s.chunk)
+    kept = s.shard * s.hidden * (4 + 2 * w) + load.ce_rows * s.hidden * w
+    weight, several = s.vocabulary * s.hidden, load.ce_rows > s.chunk
+    logits = rows * s.vocabulary * (4 + (w if w < 4 else 0))
+    chunk = max(logits, rows * s.vocabulary * w + weight * w) + (4 * weight if several else 0)
+    return kept, max(chunk, s.shard * s.hidden * (8 + w))
 
 
 def _layer_backward_bytes(s: _Sizes, load: PackLoad) -> int:
@@ -241,7 +265,7 @@ def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micr
         again = parallel.recompute_num_layers * layer
     else:
         kept = chunk_layers * layer
-        again = int(s.rows * load.widest_region) * 5 * s.width * s.ffn if "mlp" in modules else 0
+        again = int(s.rows * load.widest_region) * s.mlp * s.ffn if "mlp" in modules else 0
     waiting = _in_flight(parallel, pp_rank, micro_batches) * kept
     within = waiting + again + _layer_backward_bytes(s, load)
     if pp_rank != parallel.pipeline_model_parallel_size - 1:

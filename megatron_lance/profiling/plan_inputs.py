@@ -5,9 +5,8 @@ Station: stage, or pack index -> [packs of some steps] -> planner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from megatron_lance.packing.packer import deal_packs, mask_pairs
 from megatron_lance.packing.rng import stream
 from megatron_lance.packing.sample import Pack
 from megatron_lance.packing.step_packer import StepShape, pack_steps
-from megatron_lance.profiling.encoder_flops import encoder_flops
 from megatron_lance.profiling.flops import Work
 from megatron_lance.profiling.step_time import Deal, PackShape
 
@@ -35,11 +33,13 @@ class PlanPacks:
         capacity: tokens of a pack.
         packs: what each costs.
         source: stage or index.
+        per_step: packs of a step, as the recipe has them or the index was made for.
     """
 
     capacity: int
     packs: tuple[PackShape, ...]
     source: str
+    per_step: int
 
     def deal(self, replicas: int, micro_batches: int, steps: int = 4) -> Deal:
         """Steps of `replicas` x `micro_batches` packs each, dealt by mask pairs as training does.
@@ -58,15 +58,10 @@ class PlanPacks:
             dealt.append([[chosen[i] for i in part] for part in parts])
         return dealt
 
-    @property
+    @cached_property
     def mean_work(self) -> Work:
         """Of a pack."""
-        total, count = Work.total(pack.work for pack in self.packs), len(self.packs)
-        return Work(*(round(value / count) for value in vars(total).values()))
-
-
-def _shape(pack: Pack) -> PackShape:
-    return PackShape(Work.of(pack), sum(encoder_flops(pack).values()))
+        return Work.mean([pack.work for pack in self.packs])
 
 
 @lru_cache(maxsize=8)
@@ -89,20 +84,22 @@ def stage_plan_packs(stage: str, steps: int = 4) -> PlanPacks:
         packed = [pack for step in pack_steps(rows, shape, 0) for pack in step]
         if len(packed) > needed:
             packs = [Pack(tuple(samples[i] for i in group), settings.capacity) for group in packed[:needed]]
-            return PlanPacks(settings.capacity, tuple(_shape(pack) for pack in packs), f"synthetic {stage}")
+            shapes = tuple(PackShape.of(pack) for pack in packs)
+            return PlanPacks(settings.capacity, shapes, f"synthetic {stage}", RECIPE_PACKS[stage])
         count *= 2
 
 
-def index_plan_packs(folder: Path, count: int) -> PlanPacks:
+def index_plan_packs(folder: Path, steps: int = 4) -> PlanPacks:
     """The first packs of an index.
 
     Args:
         folder: written by tools/prepack.py.
-        count: packs; all where it has fewer.
+        steps: of the packs that the index was made for; all packs where it has fewer.
 
     Raises:
         PackIndexError: if the index is missing or damaged.
     """
     index = PackIndex.open(folder)
-    packs: Sequence[Pack] = [index.pack(number).pack for number in range(min(count, len(index)))]
-    return PlanPacks(index.capacity, tuple(_shape(pack) for pack in packs), str(folder))
+    count = min(steps * index.shaping["global_batch_size"], len(index))
+    packs = [index.pack(number).pack for number in range(count)]
+    return PlanPacks(index.capacity, tuple(map(PackShape.of, packs)), str(folder), index.shaping["global_batch_size"])

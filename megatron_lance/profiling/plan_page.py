@@ -5,12 +5,14 @@ Station: plan, scaling -> [HTML] -> a person.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lance.profiling.charts import html_table, lines, paragraph, stacked_bars, write_page
+from megatron_lance.profiling.charts import Bars, Chart, image
 from megatron_lance.profiling.cluster import RESERVED_GIB, Cluster
 from megatron_lance.profiling.memory import GIB
+from megatron_lance.profiling.page import html_table, page, paragraph, section
 from megatron_lance.profiling.planner import Choice, Plan, explain
 from megatron_lance.profiling.scaling import Point
 from megatron_lance.profiling.step_time import Rates
@@ -32,7 +34,7 @@ def _table(choices: Sequence[Choice]) -> str:
         )
         for choice in choices
     ]
-    return html_table(head, rows)
+    return html_table(rows, head, "numbers")
 
 
 def _time(choices: Sequence[Choice]) -> str:
@@ -40,7 +42,7 @@ def _time(choices: Sequence[Choice]) -> str:
     for choice in choices:
         scale = choice.devices / choice.run.training.global_batch_size
         bars[choice.name] = {part: seconds * scale for part, seconds in choice.time.parts.items()}
-    return stacked_bars("Device time per pack, by part", "device seconds", bars)
+    return image(Bars("Device time per pack, by part", "device seconds", bars))
 
 
 def _memory(choices: Sequence[Choice], limit: float) -> str:
@@ -54,21 +56,19 @@ def _memory(choices: Sequence[Choice], limit: float) -> str:
             "activations": memory.activation_bytes / GIB,
             "reserve": choice.memory_gib - memory.total_bytes / GIB,
         }
-    return stacked_bars(f"Fullest rank; reserve: {RESERVED_GIB:.0f} GiB and fragmentation", "GiB", bars, limit)
+    return image(Bars(f"Fullest rank; reserve: {RESERVED_GIB:.0f} GiB and fragmentation", "GiB", bars, limit))
 
 
 def _scaling(weak: Sequence[Point], strong: Sequence[Point]) -> str:
     curves = {name: points for name, points in (("weak", weak), ("strong", strong)) if points}
     if not curves:
         return paragraph("no size fits")
-    rate = {
-        name: [(float(p.devices), p.tokens_per_second / p.devices) for p in points] for name, points in curves.items()
-    }
-    mfu = {f"{name}: MFU": [(float(p.devices), 100 * p.choice.mfu) for p in points] for name, points in curves.items()}
-    good = {
-        f"{name}: goodput": [(float(p.devices), 100 * p.losses.goodput) for p in points]
-        for name, points in curves.items()
-    }
+    rate, used = {}, {}
+    for name, points in curves.items():
+        devices = [point.devices for point in points]
+        rate[name] = (devices, [point.tokens_per_second / point.devices for point in points])
+        used[f"{name}: MFU"] = (devices, [100 * point.choice.mfu for point in points])
+        used[f"{name}: goodput"] = (devices, [100 * point.losses.goodput for point in points])
     head = (
         "",
         "devices",
@@ -97,11 +97,14 @@ def _scaling(weak: Sequence[Point], strong: Sequence[Point]) -> str:
         for name, points in curves.items()
         for p in points
     ]
-    return (
-        lines("Tokens per second and device, after losses", "devices", "tokens/s", rate, log_x=True)
-        + lines("Utilisation", "devices", "%", {**mfu, **good}, log_x=True)
-        + html_table(head, rows)
-    )
+    charts = [
+        Chart(title, unit, series, x="devices", doublings=True, from_zero=True, dots=True)
+        for title, unit, series in (
+            ("Tokens per second and device, after losses", "tokens/s", rate),
+            ("Utilisation", "%", used),
+        )
+    ]
+    return f'<div class="charts">{"".join(map(image, charts))}</div>{html_table(rows, head, "numbers")}'
 
 
 def write_plan_page(
@@ -127,13 +130,13 @@ def write_plan_page(
         f"{rates.elementwise / 1e12:.3g} TB/s; links {links.node_bandwidth / 1e9:.3g} GB/s within nodes of "
         f"{links.node_size}, {links.network_bandwidth / 1e9:.3g} GB/s between them."
     )
-    sections = [("What was found", "".join(paragraph(line) for line in explain(found)) + paragraph(assumed))]
+    sections = [section("What was found", *map(paragraph, explain(found)), paragraph(assumed))]
     if best:
         sections += [
-            ("The fastest of each combination of degrees", _table(best)),
-            ("Time", _time(best)),
-            ("Memory", _memory(best, cluster.memory_gib)),
-            ("Scaling", _scaling(weak, strong)),
+            section("The fastest of each combination of degrees", _table(best)),
+            section("Time", _time(best)),
+            section("Memory", _memory(best, cluster.memory_gib)),
+            section("Scaling", _scaling(weak, strong)),
         ]
-    sections.append(("Discarded", html_table(("reason", "layouts", "for example"), reasons)))
-    write_page(path, title, sections)
+    sections.append(section("Discarded", html_table(reasons, ("reason", "layouts", "for example"))))
+    path.write_text(page(title, f"<h1>{html.escape(title)}</h1>{''.join(sections)}"), encoding="utf-8")

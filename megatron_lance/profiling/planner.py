@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_lance.config.loader import ConfigError
-from megatron_lance.config.schema import ParallelConfig, RunConfig
+from megatron_lance.config.schema import Fp8Config, ParallelConfig, RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.profiling.cluster import FP8_GAIN, FRAGMENTATION, RESERVED_GIB, Cluster
 from megatron_lance.profiling.flops import bagel_flops, model_flops
@@ -34,6 +34,7 @@ RECOMPUTE: tuple[tuple[str | None, tuple[str, ...]], ...] = (
     ("full", ("core_attn",)),
 )
 """What may be recomputed, from least to most."""
+FP8_RECIPE = "tensorwise"  # the one that needs no history and no Blackwell
 TP, CP, VPP = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32, 64), (None, 2, 3)
 
 
@@ -45,7 +46,6 @@ class Choice:
         run: the configuration with it.
         devices: it takes.
         micro_batches: packs of a replica in a step.
-        fp8: whether linears run in FP8.
         memory: of the fullest rank.
         memory_gib: of it, with what the device holds beside.
         time: predicted.
@@ -57,7 +57,6 @@ class Choice:
     run: RunConfig
     devices: int
     micro_batches: int
-    fp8: bool
     memory: RankMemory
     memory_gib: float
     time: StepTime
@@ -76,6 +75,11 @@ class Choice:
         )
         vpp = p.virtual_pipeline_model_parallel_size or 1
         return {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "dp": self.devices // (tp * cp * pp)}
+
+    @property
+    def fp8(self) -> bool:
+        """Whether linears run in FP8."""
+        return self.run.fp8.recipe != "none"
 
     @property
     def recompute(self) -> str:
@@ -105,6 +109,8 @@ class Choice:
         if granularity == "selective":
             found["recompute_modules"] = f"[{','.join(p.recompute_modules)}]"
         lines = [f"parallel.{name}={value}" for name, value in found.items()]
+        if self.fp8:
+            lines += [f"model.transformer_impl={self.run.model.transformer_impl}", f"fp8.recipe={self.run.fp8.recipe}"]
         return [*lines, f"training.global_batch_size={self.run.training.global_batch_size}"]
 
     def record(self) -> dict[str, Any]:
@@ -137,11 +143,13 @@ class Discarded:
         name: of the layout.
         kind: of reason.
         reason: in full.
+        missing_gib: that a device would need more; 0 where memory is not the reason.
     """
 
     name: str
     kind: str
     reason: str
+    missing_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -157,17 +165,19 @@ class Plan:
     discarded: tuple[Discarded, ...]
 
     def best_by_degrees(self) -> list[Choice]:
-        """The fastest of each combination of degrees, the fastest first."""
+        """The fastest of each combination of degrees, in bf16 and in FP8, the fastest first."""
         found: dict[tuple[int, ...], Choice] = {}
         for choice in self.choices:
-            found.setdefault(tuple(choice.degrees.values()), choice)
+            found.setdefault((*choice.degrees.values(), choice.fp8), choice)
         return list(found.values())
 
     def reasons(self) -> dict[str, tuple[int, str]]:
-        """By kind how many were discarded, and one of them."""
+        """By kind how many were discarded, and one of them: of those that do not fit the one that nearly does."""
         count = Counter(found.kind for found in self.discarded)
-        example = {found.kind: f"{found.name}: {found.reason}" for found in reversed(self.discarded)}
-        return {kind: (number, example[kind]) for kind, number in count.most_common()}
+        example: dict[str, Discarded] = {}
+        for found in sorted(self.discarded, key=lambda found: found.missing_gib):
+            example.setdefault(found.kind, found)
+        return {kind: (n, f"{example[kind].name}: {example[kind].reason}") for kind, n in count.most_common()}
 
 
 @dataclass(frozen=True)
@@ -226,6 +236,7 @@ def _layout(wanted: Wanted, degrees: tuple[int, int, int, int | None], packs: in
     return replace(
         run,
         parallel=parallel,
+        fp8=Fp8Config(),
         data=replace(run.data, seq_length=wanted.packs.capacity, sources=(), balance_replicas=None),
         training=replace(run.training, global_batch_size=packs),
     )
@@ -238,7 +249,11 @@ def plan(wanted: Wanted, cluster: Cluster, rates: Rates) -> Plan:
         wanted: model, packs, batch.
         cluster: devices.
         rates: of a device.
+
+    Raises:
+        ConfigError: if the configuration is impossible on any layout.
     """
+    validate(_layout(wanted, (1, 1, 1, None), wanted.packs_per_step), 1)
     choices: list[Choice] = []
     discarded: list[Discarded] = []
     for degrees in _degrees(wanted, cluster):
@@ -260,8 +275,9 @@ def plan(wanted: Wanted, cluster: Cluster, rates: Rates) -> Plan:
             parallel = replace(run.parallel, recompute_granularity=granularity, recompute_modules=modules)
             found = _choice(replace(run, parallel=parallel), wanted, cluster, rates, micro_batches)
             (choices if isinstance(found, Choice) else discarded).append(found)  # type: ignore[arg-type]
-    if wanted.fp8:
-        choices += [timed(c.run, wanted, cluster, rates, c.micro_batches, True) for c in choices]
+    for choice in [*choices] if wanted.fp8 else []:
+        found = _in_fp8(choice, wanted, cluster, rates)
+        (choices if isinstance(found, Choice) else discarded).append(found)  # type: ignore[arg-type]
     return Plan(tuple(sorted(choices, key=lambda choice: -choice.tokens_per_second)), tuple(discarded))
 
 
@@ -278,13 +294,24 @@ def _choice(run: RunConfig, wanted: Wanted, cluster: Cluster, rates: Rates, micr
     needed = held_gib(fullest)
     if needed > cluster.memory_gib:
         empty = StepTime(1.0, {})
-        name = Choice(run, cluster.devices, micro_batches, False, fullest, needed, empty, 0.0, 0.0, 0.0).name
+        name = Choice(run, cluster.devices, micro_batches, fullest, needed, empty, 0.0, 0.0, 0.0).name
         reason = f"a rank needs {needed:.0f} GiB, a device has {cluster.memory_gib:.0f}"
-        return Discarded(name, "does not fit in memory", reason)
-    return timed(run, wanted, cluster, rates, micro_batches, False)
+        return Discarded(name, "does not fit in memory", reason, needed - cluster.memory_gib)
+    return timed(run, wanted, cluster, rates, micro_batches)
 
 
-def timed(run: RunConfig, wanted: Wanted, cluster: Cluster, rates: Rates, micro_batches: int, fp8: bool) -> Choice:
+def _in_fp8(choice: Choice, wanted: Wanted, cluster: Cluster, rates: Rates) -> Choice | Discarded:
+    """A layout with FP8 linears, or what FP8 asks for and it lacks."""
+    model = replace(choice.run.model, transformer_impl="transformer_engine")
+    run = replace(choice.run, model=model, fp8=Fp8Config(recipe=FP8_RECIPE))
+    try:
+        validate(run, cluster.devices)
+    except ConfigError as error:
+        return Discarded(f"{choice.name}, fp8", "not in FP8", str(error).splitlines()[0])
+    return timed(run, wanted, cluster, rates, choice.micro_batches)
+
+
+def timed(run: RunConfig, wanted: Wanted, cluster: Cluster, rates: Rates, micro_batches: int) -> Choice:
     """A layout with its memory and predicted time.
 
     Args:
@@ -293,10 +320,9 @@ def timed(run: RunConfig, wanted: Wanted, cluster: Cluster, rates: Rates, micro_
         cluster: devices.
         rates: of a device.
         micro_batches: packs of a replica in a step.
-        fp8: whether linears run in FP8.
     """
     memory = max(memory_per_rank(run, cluster.devices, load_of(wanted.packs.packs, run)), key=held_gib)
-    if fp8:
+    if run.fp8.recipe != "none":
         rates = replace(rates, linears=FP8_GAIN * rates.linears)
     packs = run.training.global_batch_size
     deal = wanted.packs.deal(packs // micro_batches, micro_batches)
@@ -307,7 +333,6 @@ def timed(run: RunConfig, wanted: Wanted, cluster: Cluster, rates: Rates, micro_
         run,
         cluster.devices,
         micro_batches,
-        fp8,
         memory,
         held_gib(memory),
         time,
@@ -343,4 +368,6 @@ def explain(plan_: Plan, runners_up: int = 4) -> list[str]:
         told = ", ".join(f"{part} {difference:+.2f} s" for difference, part in more[:3] if abs(difference) >= 0.005)
         slower = winner.tokens_per_second / choice.tokens_per_second - 1
         lines.append(f"{choice.name}: {slower:.1%} slower; {told}; {choice.memory_gib:.0f} GiB")
+    if any(choice.fp8 for choice in best):
+        lines.append(f"FP8: linears {FP8_GAIN} times as fast, which is assumed; memory is that of bf16")
     return lines

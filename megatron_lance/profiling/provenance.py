@@ -8,21 +8,10 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
-from pathlib import Path
 
 import torch
 
-
-def code_version() -> str:
-    """The commit of the checkout the package runs from, "-dirty" if tracked files differ; "unknown" without git."""
-    folder = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+from megatron_lance.config.code_version import commit
 
 
 def provenance() -> dict[str, str | int]:
@@ -33,6 +22,6 @@ def provenance() -> dict[str, str | int]:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": code_version(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

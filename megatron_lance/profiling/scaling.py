@@ -27,7 +27,7 @@ from megatron_lance.profiling.step_time import Rates
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 """Devices that are looked at."""
 HOST_BANDWIDTH = 10e9
-"""Bytes/s from a device to pinned host memory while training stands still; half of what PCIe 5 reaches."""
+"""Bytes/s from a device to pinned host memory while training stands still; a fifth of what PCIe 5 x16 reaches."""
 RESTART_SECONDS = 600.0
 """From a failure to the first step again: notice, restart of all processes, load."""
 LEAST_INTERVAL = 60.0
@@ -122,7 +122,7 @@ def weak_scaling(choice: Choice, wanted: Wanted, cluster: Cluster, rates: Rates)
         packs = devices // replica * choice.micro_batches
         run = replace(choice.run, training=replace(choice.run.training, global_batch_size=packs))
         grown = replace(cluster, devices=devices)
-        points.append(_point(timed(run, wanted, grown, rates, choice.micro_batches, choice.fp8)))
+        points.append(_point(timed(run, wanted, grown, rates, choice.micro_batches)))
     return points
 
 
@@ -135,10 +135,9 @@ def strong_scaling(wanted: Wanted, cluster: Cluster, rates: Rates, sizes: Sequen
         rates: of a device.
         sizes: devices.
     """
-    few = replace(wanted, virtual=(None,), recompute=(wanted.recompute[0], wanted.recompute[1], wanted.recompute[-1]))
     points = []
     for devices in sizes:
-        found = plan(few, replace(cluster, devices=devices), rates)
+        found = plan(wanted, replace(cluster, devices=devices), rates)
         if found.choices:
             points.append(_point(found.choices[0]))
     return points

@@ -16,14 +16,20 @@ of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import ParallelConfig, RunConfig
+from megatron_lance.ops.attention_varlen import kernel_calls
+from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.layout import rows_per_rank
+from megatron_lance.packing.sample import Pack
+from megatron_lance.profiling.encoder_flops import encoder_flops
 from megatron_lance.profiling.flops import Work, flops_by_part
 from megatron_lance.profiling.memory import PackLoad, layer_activation_bytes, layers_of_stages, memory_per_rank
 from megatron_lance.profiling.step_traffic import Links, Transfer, step_transfers
@@ -143,10 +149,20 @@ class PackShape:
     Attributes:
         work: real tokens and mask pairs.
         encoder_flops: of its pictures and clips.
+        copied_keys: that attention copies for its calls, in tokens, on one context-parallel rank; on the busiest of
+            several it is a little less.
     """
 
     work: Work
     encoder_flops: float
+    copied_keys: int
+
+    @classmethod
+    def of(cls, pack: Pack) -> PackShape:
+        """What a pack costs."""
+        calls = kernel_calls(AttentionPlan.from_pack(pack))
+        keys = sum(stop - start for _, ranges, _ in calls for start, stop in ranges)
+        return cls(Work.of(pack), sum(encoder_flops(pack).values()), keys)
 
 
 @dataclass(frozen=True)
@@ -227,7 +243,7 @@ def _stage_costs(
 ) -> tuple[float, float, float, dict[str, float]]:
     """(seconds of any pack, per mask pair, per CE row; the first by part) on a stage."""
     parallel, cp = run.parallel, run.parallel.context_parallel_size
-    rows = rows_per_rank(run.data.seq_length, cp, parallel.tensor_model_parallel_size, parallel.region_alignment)
+    rows = rows_per_rank(run.data.seq_length, cp, parallel.tensor_model_parallel_size, row_alignment(run))
     und = float(np.mean([pack.work.und / max(pack.work.tokens, 1) for pack in packs]))
     ce = float(np.mean([pack.work.ce for pack in packs])) / cp
     timesteps = max((pack.work.timesteps for pack in packs), default=1)
@@ -267,29 +283,49 @@ _SPENT = {
 """Amounts, and the parts of a profile that their seconds are in."""
 
 
-def _fitted_links(ranks: Sequence[Mapping[str, Any]], base: Links) -> Links:
-    """Bandwidth and latency by non-negative least squares of what ranks sent against its exposed seconds."""
+def _sent(transfers: Iterable[Mapping[str, Any]], node_size: int) -> list[float]:
+    """[bytes within a node, latencies within one, bytes between nodes, latencies between them] of a rank's step."""
+    found = [0.0] * 4
+    for transfer in (Transfer(**each) for each in transfers):
+        if transfer.ranks > 1:
+            outside = transfer.outside(node_size)
+            first = 2 if outside else 0
+            found[first] += outside or transfer.moved
+            found[first + 1] += transfer.steps
+    return found
+
+
+def _fitted_links(profiles: Sequence[Mapping[str, Any]], base: Links) -> Links:
+    """Bandwidths and latencies by non-negative least squares of what ranks sent against its exposed seconds.
+
+    Links that no profile used keep those of the base: one node says nothing of what lies between nodes.
+    """
     from scipy.optimize import nnls
 
     rows = []
-    for rank in ranks:
-        moved, calls = (sum(t[key] for t in rank["transfers"] if t["ranks"] > 1) for key in ("moved", "calls"))
-        if calls:
-            rows.append((moved, calls, rank["parts"]["exposed communication"]))
-    if not rows:
-        return base
-    sent, exposed = np.array(rows)[:, :2], np.array(rows)[:, 2]
+    for profile in profiles:
+        node_size = max(Counter(rank["node"] for rank in profile["ranks"]).values())
+        for rank in profile["ranks"]:
+            exposed = rank["parts"]["exposed communication"] / profile["profiler_slows"]
+            rows.append([*_sent(rank["transfers"], node_size), exposed])
+    sent, exposed = np.array(rows)[:, :4], np.array(rows)[:, 4]
     scale = np.maximum(sent.max(0), 1.0)
-    found = nnls(sent / scale, exposed)[0] / scale
-    per_byte, per_call = max(float(found[0]), 1e-15), max(float(found[1]), 0.0)
-    return Links(base.node_size, 1 / per_byte, 1 / per_byte, per_call, per_call)
+    found = np.maximum(nnls(sent / scale, exposed)[0] / scale, 1e-15)
+    within, between = sent[:, 1].any(), sent[:, 3].any()
+    return Links(
+        base.node_size,
+        float(1 / found[0]) if within else base.node_bandwidth,
+        float(1 / found[2]) if between else base.network_bandwidth,
+        float(found[1]) if within else base.node_latency,
+        float(found[3]) if between else base.network_latency,
+    )
 
 
 def calibrate(profiles: Sequence[Mapping[str, Any]], base: Rates) -> Rates:
     """Rates from profiles of tools/profile_throughput.py.
 
-    Each rate is what all ranks of all profiles did over the seconds it took; link bandwidth and latency are the
-    non-negative least-squares fit of the exposed communication.
+    Each rate is what all ranks of all profiles did over the seconds it took, without what the profiler itself took;
+    bandwidth and latency of links are the non-negative least-squares fit of the exposed communication.
 
     Args:
         profiles: their JSON objects; of one kind of machine.
@@ -297,9 +333,12 @@ def calibrate(profiles: Sequence[Mapping[str, Any]], base: Rates) -> Rates:
     """
     ranks = [rank for profile in profiles for rank in profile["ranks"]]
     done = {name: sum(rank["amounts"][name] for rank in ranks) for name in _SPENT}
-    spent = {name: sum(rank["parts"][part] for rank in ranks for part in parts) for name, parts in _SPENT.items()}
-    encoded = sum(rank["encoder_flops"] for rank in ranks)
-    encoding = sum(rank["parts"]["encoders"] for rank in ranks)
+    taken: Counter[str] = Counter()
+    for profile in profiles:
+        for rank in profile["ranks"]:
+            taken.update({name: seconds / profile["profiler_slows"] for name, seconds in rank["parts"].items()})
+    spent = {name: sum(taken[part] for part in parts) for name, parts in _SPENT.items()}
+    encoded, encoding = sum(rank["encoder_flops"] for rank in ranks), taken["encoders"]
 
     def rate(name: str, otherwise: float) -> float:
         return done[name] / spent[name] if done[name] and spent[name] else otherwise
@@ -314,7 +353,7 @@ def calibrate(profiles: Sequence[Mapping[str, Any]], base: Rates) -> Rates:
         pass_seconds=spent["passes"] / done["passes"] if done["passes"] else base.pass_seconds,
         host_ahead=all(profile["device"] == "cuda" for profile in profiles),
         exposed_keys=1.0,
-        links=_fitted_links(ranks, base.links),
+        links=_fitted_links(profiles, base.links),
         source=f"{len(profiles)} profiles",
     )
 
@@ -322,6 +361,5 @@ def calibrate(profiles: Sequence[Mapping[str, Any]], base: Rates) -> Rates:
 def load_of(packs: Sequence[PackShape], run: RunConfig) -> PackLoad:
     """What memory has to hold for the heaviest of some packs."""
     cp = run.parallel.context_parallel_size
-    usual = PackLoad.usual(run)
     widest = max(max(p.work.und, p.work.gen) / max(p.work.tokens, 1) for p in packs)
-    return PackLoad(max(1, -(-max(p.work.ce for p in packs) // cp)), usual.copied_keys, widest)
+    return PackLoad(max(1, -(-max(p.work.ce for p in packs) // cp)), max(p.copied_keys for p in packs), widest)

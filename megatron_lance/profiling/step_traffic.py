@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import ModelConfig, RunConfig
 from megatron_lance.packing.layout import rows_per_rank
 from megatron_lance.profiling.communication import gathered_keys_values, qkv_over_tp, sequence_parallel
@@ -45,6 +46,29 @@ class Transfer:
     calls: int
     moved: float
 
+    @property
+    def steps(self) -> int:
+        """Latencies that pass one after another: of a collective the logarithm of its ranks, as in trees."""
+        return self.calls * (1 if self.axis == "pp" else math.ceil(math.log2(self.ranks)))
+
+    def outside(self, node_size: int) -> float:
+        """Bytes that a rank's adapter takes from other nodes; 0 where all ranks lie in one node.
+
+        The k ranks of a group in one node share what the node receives, (N - 1) / N of the whole among N nodes.  Of a
+        pipeline that crosses nodes somewhere the slowest send counts, whole.
+
+        Args:
+            node_size: devices of a node.
+        """
+        if self.ranks * self.stride <= node_size:
+            return 0.0
+        if self.axis == "pp":
+            return self.moved
+        together = max(1, min(self.ranks, node_size // self.stride))
+        nodes = self.ranks / together
+        whole = self.moved * self.ranks / (self.ranks - 1)
+        return whole * (nodes - 1) / nodes / together
+
 
 @dataclass(frozen=True)
 class Links:
@@ -67,26 +91,15 @@ class Links:
     def seconds(self, transfer: Transfer) -> float:
         """Of all calls of a transfer, one after another.
 
-        Within a node: bytes over its bandwidth.  Across nodes the k ranks of a group in one node share what the node
-        receives, (N - 1) / N of the whole among N nodes, over their k adapters, while NVLink carries the rest; the
-        slower of the two counts.  Latency grows with the logarithm of the ranks, as trees do.
+        Within a node: bytes over its bandwidth.  Across nodes adapters carry what comes from outside, while the links
+        of the node carry the rest; the slower of the two counts.
         """
         if transfer.ranks == 1:
             return 0.0
-        steps = transfer.calls * math.ceil(math.log2(transfer.ranks))
-        inside = transfer.moved / self.node_bandwidth
-        if transfer.axis == "pp":
-            crosses = transfer.stride >= self.node_size
-            latency = self.network_latency if crosses else self.node_latency
-            bandwidth = self.network_bandwidth if crosses else self.node_bandwidth
-            return transfer.moved / bandwidth + transfer.calls * latency
-        if transfer.ranks * transfer.stride <= self.node_size:
-            return inside + steps * self.node_latency
-        together = max(1, min(transfer.ranks, self.node_size // transfer.stride))
-        nodes = transfer.ranks / together
-        whole = transfer.moved * transfer.ranks / (transfer.ranks - 1)
-        outside = whole * (nodes - 1) / nodes / together / self.network_bandwidth
-        return max(inside, outside) + steps * self.network_latency
+        inside, outside = transfer.moved / self.node_bandwidth, transfer.outside(self.node_size)
+        if outside:
+            return max(inside, outside / self.network_bandwidth) + transfer.steps * self.network_latency
+        return inside + transfer.steps * self.node_latency
 
 
 def _replicated(model: ModelConfig, layers: int, first: bool, last: bool) -> int:
@@ -139,7 +152,7 @@ def step_transfers(run: RunConfig, world_size: int, pp_rank: int, *, und_rows: f
     )
     dp = world_size // (tp * cp * pp)
     micro_batches, width = run.training.global_batch_size // dp, 4 if run.training.precision == "float32" else 2
-    rows = rows_per_rank(run.data.seq_length, cp, tp, parallel.region_alignment)
+    rows = rows_per_rank(run.data.seq_length, cp, tp, row_alignment(run))
     layers, first, last = layers_of_stages(run)[pp_rank], pp_rank == 0, pp_rank == pp - 1
     found = _layer_transfers(run, rows, width, layers, micro_batches)
     share = (tp - 1) / tp

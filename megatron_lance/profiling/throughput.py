@@ -15,11 +15,13 @@ import numpy as np
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import RunConfig
-from megatron_lance.profiling.flops import Speed, Work, flops_by_part
+from megatron_lance.profiling.flops import Speed, Work, flops_by_part, model_flops
 from megatron_lance.profiling.trace import EXPOSED, IDLE, PARTS
 
 Profile = dict[str, Any]
 SHOWN = (*PARTS, EXPOSED, IDLE)
+KEYS = {"device_name", "layout", "memory", "parts", "profiler_slows", "ranks", "speed", "step_seconds"}
+"""What every profile.json has."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Measured:
 
     Attributes:
         ranks: what each reports, in order.
-        work: real tokens and mask pairs of a global batch.
-        capacity: tokens its packs could hold.
+        works: real tokens and mask pairs of the global batch of each timed step.
+        profiled: of the profiled step.
+        capacity: tokens the packs of a step could hold.
         padded: rows that were computed for them.
         peak_tflops: of a device; None if unknown.
         device: cuda or cpu.
@@ -37,7 +40,8 @@ class Measured:
     """
 
     ranks: Sequence[Mapping[str, Any]]
-    work: Work
+    works: Sequence[Work]
+    profiled: Work
     capacity: int
     padded: int
     peak_tflops: float | None
@@ -55,8 +59,9 @@ def read_profile(path: str) -> Profile:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"profile '{path}': cannot be read ({error}); name a profile.json of this program") from error
-    if not isinstance(content, dict) or "step_seconds" not in content:
-        raise UserError(f"profile '{path}': is no profile; name a profile.json of this program")
+    missing = KEYS - content.keys() if isinstance(content, dict) else KEYS
+    if missing:
+        raise UserError(f"profile '{path}': has no {', '.join(sorted(missing))}; name a profile.json of this program")
     return content
 
 
@@ -78,14 +83,19 @@ def busy(rank: Mapping[str, Any]) -> float:
 def summary(run: RunConfig, measured: Measured) -> Profile:
     """The profile.
 
+    Rates are those of all timed steps together.  "profiler_slows" is how many times as long the profiled step took as a
+    timed one of as many model FLOPs would have; the parts are of the profiled step.
+
     Args:
         run: the whole configuration.
         measured: by its ranks.
     """
-    ranks = measured.ranks
+    ranks, work = measured.ranks, Work.mean(measured.works)
     whole = [max(values) for values in zip(*(rank["seconds"] for rank in ranks), strict=True)]  # the slowest rank's
     steps = _percentiles(whole)
-    speed = Speed.of(run.model, measured.work, steps["p50"], len(ranks), measured.peak_tflops, run.training.freeze)
+    speed = Speed.of(run.model, work, steps["mean"], len(ranks), measured.peak_tflops, run.training.freeze)
+    per_second = model_flops(run.model, work, run.training.freeze) / steps["mean"]
+    undisturbed = model_flops(run.model, measured.profiled, run.training.freeze) / per_second
     nodes = sorted({rank["node"] for rank in ranks})
     parallel = run.parallel
     degrees = {
@@ -95,7 +105,7 @@ def summary(run: RunConfig, measured: Measured) -> Profile:
         "vpp": parallel.virtual_pipeline_model_parallel_size or 1,
     }
     dp = len(ranks) // (degrees["tp"] * degrees["cp"] * degrees["pp"])
-    model = flops_by_part(run.model, measured.work, run.parallel, run.training.freeze)
+    model = flops_by_part(run.model, work, run.parallel, run.training.freeze)
     return {
         "device": measured.device,
         "world_size": len(ranks),
@@ -107,18 +117,19 @@ def summary(run: RunConfig, measured: Measured) -> Profile:
         "packs": {
             "source": measured.source,
             "per_step": run.training.global_batch_size,
-            "tokens": measured.work.tokens,
+            "tokens": work.tokens,
             "capacity": measured.capacity,
             "padded": measured.padded,
-            "mask_pairs": measured.work.pairs,
-            "ce_rows": measured.work.ce,
+            "mask_pairs": work.pairs,
+            "ce_rows": work.ce,
         },
         "step_seconds": {**steps, "all": whole},
         "tokens_per_second_per_device": {
-            "real": measured.work.tokens / steps["p50"] / len(ranks),
-            "padded": measured.padded / steps["p50"] / len(ranks),
+            "real": work.tokens / steps["mean"] / len(ranks),
+            "padded": measured.padded / steps["mean"] / len(ranks),
         },
         "speed": {**asdict(speed), "peak_tflops": measured.peak_tflops},
+        "profiler_slows": max(rank["profiled_seconds"] for rank in ranks) / undisturbed,
         "flops": {name: asdict(flops) for name, flops in model.items()},
         "parts": {name: _spread([rank["parts"][name] for rank in ranks]) for name in SHOWN},
         "busy": _spread([busy(rank) for rank in ranks]),
@@ -146,8 +157,9 @@ def table(profile: Profile) -> str:
         f"{profile['world_size']} {profile['device']} ranks, {degrees}, recompute {profile['recompute']}, "
         f"{profile['precision']}; {packs['per_step']} packs of {packs['source']} a step, {packs['tokens']} tokens, "
         f"fill {packs['tokens'] / packs['capacity']:.1%}, {packs['mask_pairs']:.3g} mask pairs",
-        f"step p20 {steps['p20']:.3f} p50 {steps['p50']:.3f} p80 {steps['p80']:.3f} p95 {steps['p95']:.3f} s "
-        f"({steps['steps']} steps)",
+        f"step p20 {steps['p20']:.3f} p50 {steps['p50']:.3f} p80 {steps['p80']:.3f} p95 {steps['p95']:.3f} mean "
+        f"{steps['mean']:.3f} s ({steps['steps']} steps); the profiler makes a step {profile['profiler_slows']:.2f} "
+        "times as long",
         f"tokens/s and device {rate['real']:.0f} real, {rate['padded']:.0f} with padding; TFLOP/s and device "
         f"{speed['tflops']:.3g}, MFU {_percent(speed['mfu'])}; by the BAGEL formula {speed['bagel_tflops']:.3g}, "
         f"{_percent(speed['bagel_mfu'])}",

@@ -5,9 +5,11 @@ Station: profile -> [HTML] -> a person.
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
-from megatron_lance.profiling.charts import lines, preformatted, stacked_bars, write_page
+from megatron_lance.profiling.charts import Bars, Chart, image
+from megatron_lance.profiling.page import page, preformatted, section
 from megatron_lance.profiling.throughput import SHOWN, Profile, table
 
 MOST_RANKS = 64
@@ -35,13 +37,16 @@ def write_profile_page(profile: Profile, path: Path) -> None:
         "activations": formula["activations by formula"] / 2**20,
     }
     flops = {name: {kind: value / 1e12 for kind, value in found.items()} for name, found in profile["flops"].items()}
-    steps = [(float(i + 1), seconds) for i, seconds in enumerate(profile["step_seconds"]["all"])]
+    steps = profile["step_seconds"]["all"]
+    curve = {"step time": (range(1, len(steps) + 1), steps)}
+    timed = Chart("Timed steps, slowest rank", "s", curve, from_zero=True, dots=True)
     degrees = " x ".join(f"{name} {size}" for name, size in profile["layout"].items())
     sections = [
-        ("Summary", preformatted(table(profile))),
-        ("Where a step's time goes", stacked_bars("One profiled step, by rank", "s", _rank_bars(profile))),
-        ("Steps", lines("Timed steps, slowest rank", "step", "seconds", {"step time": steps})),
-        ("Memory", stacked_bars("Held by a rank", "MiB", memory)),
-        ("FLOPs", stacked_bars("Of a global batch", "TFLOP", flops)),
+        section("Summary", preformatted(table(profile))),
+        section("Where a step's time goes", image(Bars("One profiled step, by rank", "s", _rank_bars(profile)))),
+        section("Steps", f'<div class="charts">{image(timed)}</div>'),
+        section("Memory", image(Bars("Held by a rank", "MiB", memory))),
+        section("FLOPs", image(Bars("Of a global batch", "TFLOP", flops))),
     ]
-    write_page(path, f"Throughput, {degrees}", sections)
+    title = f"Throughput, {degrees}"
+    path.write_text(page(title, f"<h1>{html.escape(title)}</h1>{''.join(sections)}"), encoding="utf-8")

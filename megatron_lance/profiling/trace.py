@@ -5,7 +5,8 @@ Station: marked modules -> torch.profiler -> chrome trace -> [seconds by part] -
 `marked` names the parts: ranges around forward passes of modules (and `part` around anything else).  A backward
 operator belongs to the part of the forward operator with its sequence number; recomputed ones run within a range again.
 Work is what operators do on a CPU, and kernels on a GPU; communication is what gloo or NCCL have in flight, exposed
-where no work runs meanwhile; the rest of the step is the host's own time (Python, launches) or waiting.
+where no work runs meanwhile.  Waiting for data is its whole range but for what else happens in it.  The rest of the
+step is the host's own time (Python, launches) or waiting.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PARTS = (
     "other",
 )
 """Parts of work, in the order they are shown."""
-EXPOSED, IDLE = "exposed communication", "host and waiting"
+WAIT, EXPOSED, IDLE = "data wait", "exposed communication", "host and waiting"
 Interval = tuple[float, float]
 
 
@@ -57,6 +58,7 @@ def marked(stages: Sequence[LanceModel], encoders: Iterable[nn.Module] = ()) -> 
     handles: list[Any] = []
 
     def mark(module: nn.Module | None, name: str) -> None:
+        """A range around each forward pass of a module; nothing where a pipeline stage has no such module."""
         if module is None:
             return
         ranges: list[record_function] = []
@@ -227,6 +229,8 @@ def read_trace(trace: dict[str, Any], step: str) -> StepTrace:
     if kernels:
         by_part = _device_parts(kernels, of_launch)
         flights = [e for e in kernels if _is_communication(e["name"])]
+    waits = (event for spans in threads.values() for event in spans if event["name"] == PREFIX + WAIT)
+    by_part[WAIT] += [(event["ts"], event["ts"] + event["dur"]) for event in waits]
     return _summary(by_part, flights, begin, end)
 
 
@@ -244,10 +248,12 @@ def _summary(
     by_part: dict[str, list[Interval]], flights: Sequence[dict[str, Any]], begin: float, end: float
 ) -> StepTrace:
     """Seconds of each part; microseconds in the trace."""
-    work = union(interval for intervals in by_part.values() for interval in intervals)
+    work = union(interval for name, intervals in by_part.items() if name != WAIT for interval in intervals)
     flying = union((max(e["ts"], begin), min(e["ts"] + e["dur"], end)) for e in flights)
     exposed = length(flying) - overlap(flying, work)
+    waits = union(by_part[WAIT])
+    waited = length(waits) - overlap(waits, union([*work, *flying]))
     parts = {name: length(union(by_part.get(name, ()))) / 1e6 for name in PARTS}
-    parts[EXPOSED] = exposed / 1e6
-    parts[IDLE] = max(end - begin - length(work) - exposed, 0.0) / 1e6
+    parts[WAIT], parts[EXPOSED] = waited / 1e6, exposed / 1e6
+    parts[IDLE] = max(end - begin - length(work) - exposed - waited, 0.0) / 1e6
     return StepTrace((end - begin) / 1e6, parts, length(flying) / 1e6)

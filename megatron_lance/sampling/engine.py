@@ -21,7 +21,7 @@ from megatron_lance.packing.positions import Mape
 from megatron_lance.sampling.flow_sampler import SamplerSettings, initial_noise, sample
 from megatron_lance.sampling.media import Frames, mp4_bytes, to_frames
 from megatron_lance.sampling.passes import ModelPasses
-from megatron_lance.sampling.requests import Prompt, RequestBuilder
+from megatron_lance.sampling.requests import Prompt, PromptPlanner, RequestBuilder
 from megatron_lance.sampling.text_decoder import DecoderSettings, decode
 from megatron_lance.sampling.velocity import ModelVelocity
 
@@ -58,7 +58,8 @@ class Engine:
         self.passes, self.tokenizer, self.cached = passes, tokenizer, cached
         self.vae, self.device = encoders.vae, passes.groups.device
         self.channels, self.fps = run.model.latent_channels, run.data.target_fps
-        self.builder = RequestBuilder(run.data, tokenizer, encoders.decoder, encoders.vit, encoders.vae)
+        planner = PromptPlanner(run.data, tokenizer)
+        self.builder = RequestBuilder(planner, encoders.decoder, encoders.vit, encoders.vae)
         self.velocity = ModelVelocity(passes, cached)
 
     @torch.no_grad()
@@ -88,16 +89,19 @@ class Engine:
         return [to_frames(self.vae.decode(latent.to(self.device)).cpu()) for latent in latents]
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[Prompt], settings: DecoderSettings, mape: Mape) -> list[str]:
+    def answer(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], settings: DecoderSettings, mape: Mape
+    ) -> list[str]:
         """An answer for every prompt of an understanding task; all in one pack per token.
 
         Args:
             prompts: questions with their media.
+            seeds: of each prompt's draws.
             settings: greedy or top-p, longest answer.
             mape: the positions' rule (spec/model.md section 7).
         """
         questions = [self.builder.question(prompt) for prompt in prompts]
-        answers = decode(questions, self.passes, settings, self.tokenizer.im_end, mape, self.cached)
+        answers = decode(questions, seeds, self.passes, settings, self.tokenizer.im_end, mape, self.cached)
         return [self.tokenizer.decode(ids) for ids in answers]
 
     def as_medium(self, frames: Frames) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.objectives.flow_matching import loss_rows, shift_timestep
 from megatron_lance.packing.rng import stream
 from megatron_lance.packing.sample import Pack, Sample
@@ -63,6 +64,10 @@ class SamplerSettings:
             text nor conditions; 1 leaves that branch out.
         interval: guidance is on for t in (low, high].
         renorm: global (over all target rows of a sample) | channel (per row) | none.
+        renorm_min: least factor that the renorm scales by.
+
+    Raises:
+        UserError: naming the setting that is out of its range.
     """
 
     steps: int = 30
@@ -71,12 +76,17 @@ class SamplerSettings:
     visual_scale: float = 1.0
     interval: tuple[float, float] = (0.4, 1.0)
     renorm: str = "global"
+    renorm_min: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"steps {self.steps}: must be at least 1")
+            raise UserError(f"steps {self.steps}: must be at least 1; raise it")
+        if not self.shift > 0:
+            raise UserError(f"shift {self.shift}: must be positive; 1 shifts nothing")
+        if not self.interval[0] < self.interval[1]:
+            raise UserError(f"interval {self.interval}: its low end must lie below its high end; exchange them")
         if self.renorm not in ("global", "channel", "none"):
-            raise ValueError(f"renorm {self.renorm!r}: choose global, channel or none")
+            raise UserError(f"renorm {self.renorm!r}: choose global, channel or none")
 
 
 def timesteps(steps: int, shift: float) -> torch.Tensor:
@@ -133,7 +143,7 @@ def _guided(branches: Sequence[torch.Tensor], settings: SamplerSettings) -> torc
         return v
     dim = None if settings.renorm == "global" else -1
     norms = [torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (conditional, v)]
-    return v * (norms[0] / (norms[1] + 1e-8)).clamp(0.0, 1.0)
+    return v * (norms[0] / (norms[1] + 1e-8)).clamp(settings.renorm_min, 1.0)
 
 
 def initial_noise(requests: Sequence[Request], channels: int, seed: int) -> list[torch.Tensor]:
@@ -165,17 +175,19 @@ def sample(
     xs = [torch.where(m[:, None], n, r.clean) for m, n, r in zip(masks, noise, requests, strict=True)]
     guidance = settings.scale != 1.0 or settings.visual_scale != 1.0
     branches = [_branches(request, settings) for request in requests]
-    together = list({id(b): b for number in range(3) for own in branches for b in own[number : number + 1]}.values())
+    # conditional ones first, so that they alone are the beginning of the list
+    together = [(i, own[n]) for n in range(3) for i, own in enumerate(branches) if n < len(own)]
     times = timesteps(settings.steps, settings.shift)
     low, high = settings.interval
     inside = ((times > low) & (times <= high)).tolist()  # in float32, as the times are: 0.4 is not above 0.4
     for now, after, guided in zip(times[:-1].tolist(), times[1:].tolist(), inside[:-1], strict=True):
         if guidance and guided:
-            owners = {id(b): i for i, own in enumerate(branches) for b in own}
-            inputs = [_rows_for(b, requests[owners[id(b)]], xs[owners[id(b)]]) for b in together]
-            results = velocity(together, inputs, now)
-            targets = {id(b): v[b.target_rows] for b, v in zip(together, results, strict=True)}
-            steps = [_guided([targets[id(b)] for b in own], settings) for own in branches]
+            inputs = [_rows_for(branch, requests[i], xs[i]) for i, branch in together]
+            results = velocity([branch for _, branch in together], inputs, now)
+            targets: list[list[torch.Tensor]] = [[] for _ in requests]
+            for (i, branch), v in zip(together, results, strict=True):
+                targets[i].append(v[branch.target_rows])
+            steps = [_guided(own, settings) for own in targets]
         else:
             steps = [v[m] for v, m in zip(velocity(requests, xs, now), masks, strict=True)]
         for x, mask, v in zip(xs, masks, steps, strict=True):
@@ -184,9 +196,10 @@ def sample(
 
 
 def _branches(request: Request, settings: SamplerSettings) -> list[Request]:
-    """Conditional, without caption, and if visual guidance is on without caption and conditions."""
+    """Conditional, without caption, and if visual guidance is on and there are conditions without both."""
     plain = without_caption(request)
-    return [request, plain] if settings.visual_scale == 1.0 else [request, plain, without_conditions(plain)]
+    bare = plain if settings.visual_scale == 1.0 else without_conditions(plain)
+    return [request, plain] if bare is plain else [request, plain, bare]
 
 
 def _noise_rows(request: Request) -> slice:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image, ImageDraw, PngImagePlugin
 
 Frames = npt.NDArray[np.uint8]
 """[T, H, W, 3]."""
+SHEET_SIDE = 256
+"""Pixels of a picture on a contact sheet, the longer side."""
 
 
 def to_frames(pixels: torch.Tensor) -> Frames:
@@ -73,34 +76,44 @@ def picture_grid(pictures: Sequence[Frames]) -> Frames:
     return np.concatenate(rows, axis=0)[None]
 
 
-def contact_sheet(samples: Sequence[tuple[Frames, str]], columns: int, scale: int = 1) -> Image.Image:
-    """Samples in a grid with their captions; of a clip the first, middle and last frame side by side.
+def contact_sheet(samples: Sequence[tuple[Frames, str]], columns: int) -> Image.Image:
+    """Samples, no side above SHEET_SIDE pixels, in a grid with their captions.
 
     Args:
-        samples: (frames, caption).
+        samples: (frames from `shown_frames`, caption).
         columns: samples per row.
-        scale: integer enlargement of the pixels.
     """
-    tiles = [_tile(frames, caption, scale) for frames, caption in samples]
+    tiles = [_tile(frames, caption) for frames, caption in samples]
     width, height = max(t.width for t in tiles), max(t.height for t in tiles)
     rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    sheet = Image.new("RGB", (min(columns, len(tiles)) * width, rows * height), "white")
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index % columns * width, index // columns * height))
     return sheet
 
 
-def _tile(frames: Frames, caption: str, scale: int) -> Image.Image:
-    """One sample with its caption below, wrapped to its width."""
-    shown = frames if len(frames) == 1 else frames[[0, len(frames) // 2, len(frames) - 1]]
-    strip = Image.fromarray(np.concatenate(list(shown), axis=1))
-    strip = strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)
-    letters = max(strip.width // 6, 8)
-    words, lines = caption.split(), [""]
-    for word in words:
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > letters:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
+def shown_frames(path: Path) -> Frames:
+    """What a contact sheet shows of a file: a picture, or of a clip the first, middle and last frame; made small."""
+    if path.suffix == ".png":
+        with Image.open(path) as picture:
+            return _small(picture)[None]
+    with av.open(str(path)) as container:
+        count = container.streams.video[0].frames
+        wanted = (0, count // 2, count - 1)
+        return np.stack([_small(f.to_image()) for i, f in enumerate(container.decode(video=0)) if i in wanted])
+
+
+def _small(picture: Image.Image) -> npt.NDArray[np.uint8]:
+    """A picture of at most SHEET_SIDE pixels a side, [H, W, 3]."""
+    small = picture.convert("RGB")
+    small.thumbnail((SHEET_SIDE, SHEET_SIDE))
+    return np.asarray(small)
+
+
+def _tile(frames: Frames, caption: str) -> Image.Image:
+    """One sample, its frames side by side, with its caption below, wrapped to its width."""
+    strip = Image.fromarray(np.concatenate(list(frames), axis=1))
+    lines = textwrap.wrap(caption, max(strip.width // 6, 8))
     tile = Image.new("RGB", (strip.width + 8, strip.height + 12 * len(lines) + 10), "white")
     tile.paste(strip, (4, 4))
     ImageDraw.Draw(tile).multiline_text((4, strip.height + 5), "\n".join(lines), fill="black", spacing=1)

@@ -7,7 +7,7 @@ cache.  No clean token sees a noise token, and no token a later one, so a contex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -67,6 +67,9 @@ def _forward_step(batches: Iterator[RankBatch], model: Any, *, cache: KeyValueCa
 class ModelPasses:
     """Runs the model without gradients; every call is a collective of the replica.
 
+    Attributes:
+        before: called before each pass, for who wants to know that there is progress.
+
     Args:
         stages: the model chunks of this pipeline rank.
         model: sizes and MaPE.
@@ -77,12 +80,15 @@ class ModelPasses:
     def __init__(self, stages: Sequence[LanceModel], model: ModelConfig, groups: Groups, alignment: int) -> None:
         self.stages, self.model, self.groups, self.alignment = list(stages), model, groups, alignment
         self.dtype = stages[0].config.params_dtype
+        self.before: Callable[[], None] | None = None
 
     @torch.no_grad()
     def _run(
         self, inputs: PassInputs, mape: Mape, part: Part | None, cache: KeyValueCache | None
     ) -> tuple[Layout, RankBatch, HeadOutputs | None]:
         """One pass; the heads' outputs are on the last stage only."""
+        if self.before is not None:
+            self.before()
         groups, pack = self.groups, inputs.pack
         layout = Layout.build(pack, groups.cp, groups.tp, self.alignment, part)
         x, visuals = inputs.x, sum(1 for placed in pack.placed_segments() if placed.segment.is_visual)

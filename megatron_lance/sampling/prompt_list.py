@@ -1,23 +1,16 @@
-"""Prompt lists: a JSONL of prompts, and where the results go.
+"""Prompt lists: a JSONL of prompts.
 
 Station: JSONL -> [lines] -> engine -> files.  A line is an object with a text (caption, prompt, prompt_en, instruction
-or question), for conditions the paths of media (media, image, images, input_image, video, first_frame, last_frame), and
-optionally task, size, frames, seed, turns (a list of further instructions), candidates (options of a question).
-
-Folder layouts are those that the benchmarks' own scoring programs read, below OUT:
-    geneval  its metadata list; score OUT.
-    dpg      lines with id (its item_id); score OUT/images, whose pictures are grids of four, with the side of one as
-             resolution; sizes are square.
-    vbench   lines with prompt_en, which names the file, and maybe prompt or caption, which are sampled then; score
-             OUT/videos.  Its temporal flickering wants 25 copies.
-    gedit    lines with key, task_type, instruction_language and input_image; score OUT; its fullset has sources too.
-    mvbench  lines with question, candidates, answer, task_type and a whole video; OUT/choices.json has, as its notebook
-             collects them, what was said (pred) and the right option (gt).
+or question; of an understanding task the question before others), for conditions the paths of media (media, image,
+images, input_image, video, first_frame, last_frame), and optionally task, size, frames, seed, turns (a list of further
+instructions), candidates (options of a question).  Other fields are kept; null is as good as none.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,45 +25,8 @@ from megatron_lance.sampling.requests import Prompt, PromptError
 TEXT_KEYS = ("caption", "prompt", "prompt_en", "instruction", "question")
 CHOOSE = "Answer with the letter of the best option."
 """What a question with options ends with."""
-MAX_NAME = 255
-"""Bytes of a file's name."""
 MEDIA_KEYS = ("media", "images", "image", "input_image", "video", "first_frame", "last_frame")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a benchmark expects results.
-
-    Attributes:
-        task: of its prompts; None: each line says it.
-        copies: samples per prompt.
-        path: of a sample below the folder, a format of number, copy, suffix and the line's own fields.
-        grid: whether the copies of a prompt become one picture.
-        metadata: file beside the samples that repeats the line, a format like `path`; empty: none.
-        source: file beside the samples with the picture that is edited, a format like `path`; empty: none.
-    """
-
-    task: Task | None
-    copies: int
-    path: str
-    grid: bool = False
-    metadata: str = ""
-    source: str = ""
-
-
-LAYOUTS = {
-    "flat": Layout(None, 1, "{number:04d}{copy_suffix}{suffix}"),
-    "geneval": Layout(Task.T2I, 4, "{number:05d}/samples/{copy:05d}{suffix}", metadata="{number:05d}/metadata.jsonl"),
-    "dpg": Layout(Task.T2I, 4, "images/{id}{suffix}", grid=True),
-    "vbench": Layout(Task.T2V, 5, "videos/{text}-{copy}{suffix}"),
-    "gedit": Layout(
-        Task.I_EDIT,
-        1,
-        "fullset/{task_type}/{instruction_language}/{key}{suffix}",
-        source="fullset/{task_type}/{instruction_language}/{key}_SRCIMG.png",
-    ),
-    "mvbench": Layout(Task.V2T, 1, ""),
-}
+SETTING_KEYS = ("task", "size", "frames", "seed", "turns", "candidates")
 
 
 @dataclass(frozen=True)
@@ -78,7 +34,7 @@ class Line:
     """One line of a list.
 
     Attributes:
-        number: from 0.
+        number: from 0, blank lines counted.
         row: the object.
         task: of the line.
         texts: of each turn; one unless it is a multi-turn edit.
@@ -86,6 +42,7 @@ class Line:
         size: (H, W) or None.
         frames: or None.
         seed: of its first copy.
+        where: the list and line, for errors.
     """
 
     number: int
@@ -96,42 +53,23 @@ class Line:
     size: tuple[int, int] | None
     frames: int | None
     seed: int
+    where: str
 
     def prompt(self, turn: int, media: tuple[bytes, ...]) -> Prompt:
         """What is sampled in a turn; its name addresses the noise."""
         name = f"line {self.number}" if turn == 0 else f"line {self.number} turn {turn}"
-        return Prompt(name, self.task, self.texts[turn], media, self.size, self.frames)
+        return Prompt(name, self.task, self.texts[turn], media, self.size, self.frames, self.where)
 
     def read_media(self) -> tuple[bytes, ...]:
-        """The files of its conditions."""
-        return tuple(path.read_bytes() for path in self.media)
-
-    def path(self, layout: Layout, copy: int, suffix: str, copies: int) -> str:
-        """The sample's place below the folder.
+        """The files of its conditions.
 
         Raises:
-            PromptError: if the line lacks a field that the layout names its file by, or the name is too long.
+            PromptError: if one cannot be read.
         """
-        return self.place(layout.path, copy=copy, suffix=suffix, copy_suffix=f"_{copy}" if copies > 1 else "")
-
-    def place(self, form: str, **fields: object) -> str:
-        """A place below the folder, from a format of the line's fields and others; raises PromptError as `path`."""
-        row = {"id": self.row["item_id"]} if "item_id" in self.row else {}
-        known = {**row, **self.row, "text": self.row.get("prompt_en", self.texts[0])}
-        plain = {key: re.sub(r"[/\0]", "_", value) if isinstance(value, str) else value for key, value in known.items()}
         try:
-            name = form.format(**{**plain, "number": self.number, **fields})
-        except KeyError as error:
-            raise PromptError(
-                f"line {self.number + 1}: has no field {error}, which names its file; add it or choose --layout flat"
-            ) from None
-        longest = max(len(part.encode()) for part in name.split("/"))
-        if longest > MAX_NAME:
-            raise PromptError(
-                f"line {self.number + 1}: the name of its file has {longest} bytes, file systems take {MAX_NAME}; "
-                "shorten the text or choose --layout flat"
-            )
-        return name
+            return tuple(path.read_bytes() for path in self.media)
+        except OSError as error:
+            raise PromptError(f"{self.where}: {error}; its files must stay where they are") from None
 
 
 @dataclass(frozen=True)
@@ -151,13 +89,13 @@ class Defaults:
     seed: int
 
 
-def parse_size(text: str, where: str) -> tuple[int, int]:
+def parse_size(text: Any, where: str) -> tuple[int, int]:
     """(H, W) of "HxW".
 
     Raises:
         PromptError: unless both are positive multiples of 16.
     """
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([0-9]+)x([0-9]+)", text) if isinstance(text, str) else None
     if not match:
         raise PromptError(f"{where} {text!r}: must be HxW in pixels, for example 480x848")
     height, width = int(match[1]), int(match[2])
@@ -166,14 +104,14 @@ def parse_size(text: str, where: str) -> tuple[int, int]:
     return height, width
 
 
-def check_frames(frames: int, where: str) -> int:
+def check_frames(frames: Any, where: str) -> int:
     """`frames`, if it is 4k+1.
 
     Raises:
         PromptError: otherwise.
     """
-    if frames < 1 or frames % 4 != 1:
-        raise PromptError(f"{where} {frames}: must be 4k+1, for example 1, 5, 9 or 73")
+    if type(frames) is not int or frames < 1 or frames % 4 != 1:
+        raise PromptError(f"{where} {frames!r}: must be 4k+1, for example 1, 5, 9 or 73")
     return frames
 
 
@@ -192,27 +130,84 @@ def parse_line(number: int, row: Any, folder: Path, defaults: Defaults, where: s
     """
     if not isinstance(row, dict):
         raise PromptError(f'{where}: is no object; write for example {{"task": "t2i", "caption": "..."}}')
-    name = row.get("task", defaults.task)
+    given = {key: value for key, value in row.items() if value is not None}
+    _check_names(given, (*MEDIA_KEYS, *SETTING_KEYS), where)
+    name = given.get("task", defaults.task)
     if name not in list(Task):
         raise PromptError(f"{where}: task {name!r}: must be one of {', '.join(Task)}; give it or --task")
-    text = next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), "")
-    if not text and name not in (Task.I2T, Task.V2T):  # captioning has no question
-        raise PromptError(f"{where}: has no text; give one of {', '.join(TEXT_KEYS)}")
-    if "candidates" in row:
-        text = _multiple_choice(text, row["candidates"], where)
-    paths: list[Path] = []
-    for key in MEDIA_KEYS:
-        value = row.get(key, [])
-        paths += [folder / path for path in ([value] if isinstance(value, str) else value)]
-    absent = [str(path) for path in paths if not path.is_file()]
-    if absent:
-        raise PromptError(f"{where}: there is no file {absent[0]}; paths are relative to the list's folder")
-    size = parse_size(row["size"], f"{where}: size") if "size" in row else defaults.size
-    frames = check_frames(int(row["frames"]), f"{where}: frames") if "frames" in row else defaults.frames
-    turns, task = tuple(row.get("turns", ())), Task(name)
+    task = Task(name)
+    text = _text(given, task, where)
+    if "candidates" in given:
+        text = _multiple_choice(text, given["candidates"], where)
+    size = parse_size(given["size"], f"{where}: size") if "size" in given else defaults.size
+    frames = check_frames(given["frames"], f"{where}: frames") if "frames" in given else defaults.frames
+    seed, turns = given.get("seed", defaults.seed), given.get("turns", [])
+    if type(seed) is not int:
+        raise PromptError(f"{where}: seed {seed!r}: must be a whole number; correct it")
+    if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
+        raise PromptError(f"{where}: turns {turns!r}: must be a list of instructions; write texts that are not empty")
     if turns and not task.is_edit:
         raise PromptError(f"{where}: turns belong to edits; task {task} has none")
-    return Line(number, row, task, (text, *turns), tuple(paths), size, frames, int(row.get("seed", defaults.seed)))
+    return Line(number, row, task, (text, *turns), _media(given, folder, where), size, frames, seed, where)
+
+
+def _check_names(given: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """Look for fields that are meant to have one of these names and are misspelt.
+
+    Raises:
+        PromptError: naming the field and what it may mean.
+    """
+    for field in (key for key in given if key not in (*TEXT_KEYS, *MEDIA_KEYS, *SETTING_KEYS)):
+        for name in names:
+            if name not in given and _is_slip(field, name):
+                raise PromptError(f"{where}: field {field!r}: is unknown; write {name!r} if meant, or leave it out")
+
+
+def _is_slip(word: str, name: str) -> bool:
+    """Whether they differ by case, by one letter too many or too few, or by two neighbours that are swapped."""
+    if word.lower() == name:
+        return True
+    start = len(os.path.commonprefix([word, name]))
+    word, name = word[start:], name[start:]
+    end = len(os.path.commonprefix([word[::-1], name[::-1]]))
+    word, name = word[: len(word) - end], name[: len(name) - end]
+    return len(word) + len(name) == 1 or (len(word) == 2 and word == name[::-1])
+
+
+def _text(given: Mapping[str, Any], task: Task, where: str) -> str:
+    """The caption, instruction or question.
+
+    Raises:
+        PromptError: if there is none.
+    """
+    keys = TEXT_KEYS if task.is_generation else ("question", *TEXT_KEYS)
+    found = [given[key] for key in keys if isinstance(given.get(key), str)]
+    text = found[0] if found and not task.is_generation else next(filter(None, found), "")
+    if text or task in (Task.I2T, Task.V2T):  # captioning has no question
+        return text
+    _check_names(given, TEXT_KEYS, where)
+    raise PromptError(f"{where}: has no text; give one of {', '.join(TEXT_KEYS)}")
+
+
+def _media(given: Mapping[str, Any], folder: Path, where: str) -> tuple[Path, ...]:
+    """The files of the conditions, in the order of MEDIA_KEYS.
+
+    Raises:
+        PromptError: naming what is no path or no file.
+    """
+    paths: list[Path] = []
+    for key in MEDIA_KEYS:
+        value = given.get(key, [])
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise PromptError(f"{where}: {key} {value!r}: must be the path of a file or a list of paths; correct it")
+        for path in (folder / name for name in names):
+            if not path.is_file():
+                raise PromptError(f"{where}: {key}: there is no file {path}; relative paths start at {folder}/")
+            paths.append(path)
+    if "last_frame" in given and len(paths) == 1:
+        raise PromptError(f"{where}: last_frame: comes alone; give the first_frame too")
+    return tuple(paths)
 
 
 def options_of(candidates: Sequence[str]) -> list[str]:
@@ -227,28 +222,12 @@ def _multiple_choice(question: str, candidates: Any, where: str) -> str:
         PromptError: unless they are a list of up to 26 texts.
     """
     if not isinstance(candidates, list) or not 1 < len(candidates) <= 26 or any(type(c) is not str for c in candidates):
-        raise PromptError(f"{where}: candidates {candidates!r}: must be a list of 2 to 26 texts")
+        raise PromptError(f"{where}: candidates {candidates!r}: must be a list of 2 to 26 texts; correct it")
     return "\n".join([question, *options_of(candidates), CHOOSE])
 
 
-def check_places(lines: Sequence[Line], layout: Layout, copies: int) -> None:
-    """Look whether every sample has a place of its own.
-
-    Raises:
-        PromptError: naming the line that has none, or the two lines that share one.
-    """
-    owners: dict[str, int] = {}
-    for line in lines if layout.path else ():
-        if line.task.is_generation:
-            owner = owners.setdefault(line.path(layout, 0, "", copies), line.number)
-            if owner != line.number:
-                raise PromptError(
-                    f"lines {owner + 1} and {line.number + 1}: would be written to the same file; leave one out"
-                )
-
-
 def read_list(path: Path, defaults: Defaults, name: str) -> list[Line]:
-    """All lines of a JSONL file.
+    """All lines of a JSONL file; blank ones are passed over.
 
     Args:
         path: of the file.
@@ -261,16 +240,33 @@ def read_list(path: Path, defaults: Defaults, name: str) -> list[Line]:
     if not path.is_file():
         raise PromptError(f"{name}: there is no such file; give a JSONL of prompts")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    # not splitlines: JSON may hold other ends of line than this one as they are
+    for number, text in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")):
         where = f"{name} line {number + 1}"
         try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{where}: is not JSON ({error})") from None
-        lines.append(parse_line(number, row, path.parent, defaults, where))
+            row = json.loads(text) if text.strip() else None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise PromptError(f"{where}: is not JSON in UTF-8 ({error}); write one object a line") from None
+        if text.strip():
+            lines.append(parse_line(number, row, path.parent, defaults, where))
     if not lines:
         raise PromptError(f"{name}: is empty; give one prompt a line")
     return lines
+
+
+def check_grid(grid: tuple[int, int, int], model: ModelConfig, where: str) -> None:
+    """Hold a latent grid against the model's position table.
+
+    Raises:
+        PromptError: if it has no place in it.
+    """
+    side = model.latent_position_size
+    if (grid[0] - 1) * side**2 + (grid[1] - 1) * side + grid[2] > model.latent_position_frames * side**2:
+        raise PromptError(
+            f"{where}: latent grid {grid} of {16 * grid[1]}x{16 * grid[2]} pixels and {4 * grid[0] - 3} frames exceeds "
+            f"the model's position table of {model.latent_position_frames} x {side} x {side}; choose a smaller size or "
+            "fewer frames"
+        )
 
 
 def check_sizes(lines: Sequence[Line], model: ModelConfig) -> None:
@@ -279,15 +275,7 @@ def check_sizes(lines: Sequence[Line], model: ModelConfig) -> None:
     Raises:
         PromptError: naming the line whose target has no place in it.
     """
-    side = model.latent_position_size
     for line in lines:
-        if line.size is None:
-            continue
-        frames = 1 if line.task in (Task.T2I, Task.I_EDIT, Task.S2I) else line.frames or 1
-        cells = vae_grid(frames, line.size)
-        if (cells[0] - 1) * side**2 + (cells[1] - 1) * side + cells[2] > model.latent_position_frames * side**2:
-            raise PromptError(
-                f"line {line.number + 1}: latent grid {cells} of size {line.size[0]}x{line.size[1]} and "
-                f"{frames} frames exceeds the model's position table of {model.latent_position_frames} x "
-                f"{side} x {side}; choose a smaller size or fewer frames"
-            )
+        if line.size is not None:
+            frames = line.frames or 1 if line.task.makes == "video" else 1
+            check_grid(vae_grid(frames, line.size), model, line.where)

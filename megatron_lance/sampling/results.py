@@ -12,17 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 from PIL import Image
 
 from megatron_lance.config.errors import UserError
-from megatron_lance.sampling.media import Frames, contact_sheet, picture_grid, write_mp4, write_png
-from megatron_lance.sampling.prompt_list import TEXT_KEYS, Layout, Line, options_of
+from megatron_lance.packing.sample import Task
+from megatron_lance.sampling.layouts import SUFFIXES, Layout
+from megatron_lance.sampling.media import Frames, contact_sheet, picture_grid, shown_frames, write_mp4, write_png
+from megatron_lance.sampling.prompt_list import Line, options_of
 
 SAMPLES_FILE, SETTINGS_FILE, CHOICES_FILE = "samples.jsonl", "settings.json", "choices.json"
 SHEET_SAMPLES, SHEET_COLUMNS = 64, 8
-_NOTED = ("task", "line", "copy", "file", "answer")
+_OWN = ("task", "line", "copy", "file", "answer")
 """Fields of samples.jsonl that stand for those of a prompt of the same name."""
 
 
@@ -57,8 +57,8 @@ class Results:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / SETTINGS_FILE
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        changed = [f"{k}: {old!r} -> {settings[k]!r}" for k, old in before.items() if settings.get(k, old) != old]
-        if changed:
+        now = json.loads(json.dumps(settings))  # tuples are lists there
+        if changed := [f"{key}: {old!r} -> {now[key]!r}" for key, old in before.items() if now.get(key, old) != old]:
             raise UserError(
                 f"--out {self.out}: its samples were made with other settings, {'; '.join(changed)}; use those again, "
                 "or another folder"
@@ -71,21 +71,21 @@ class Results:
 
     def _noted(self) -> list[dict[str, Any]]:
         """What a run before has noted and whose file is there; a line torn by a kill is left out."""
-        path = self.out / SAMPLES_FILE
         rows = []
-        for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []:
-            if not text.endswith("\n"):
-                break
-            row = json.loads(text)
-            own = self.lines[row["line"]].row if row["line"] in self.lines else {}
-            if any(row.get(key) != value for key, value in own.items() if key not in _NOTED) or not own:
+        for row in _rows(self.out / SAMPLES_FILE):
+            line = self.lines.get(row["line"])
+            if line is None or any(row.get(key) != value for key, value in self._noted_of(line).items()):
                 raise UserError(
                     f"--out {self.out}: its sample of line {row['line'] + 1} was made of another prompt; go on with "
                     "the same list, or take another folder"
                 )
-            if "answer" in row or (self.out / row["file"]).is_file():
+            if not Task(row["task"]).is_generation or (self.out / row["file"]).is_file():
                 rows.append(row)
         return rows
+
+    def _noted_of(self, line: Line) -> dict[str, Any]:
+        """What a sample's note repeats of its line."""
+        return {**{key: value for key, value in line.row.items() if key not in _OWN}, "task": str(line.task)}
 
     def add(self, line: Line, copy: int, result: Frames | str) -> None:
         """Write a sample; the copies of a grid wait for one another."""
@@ -98,13 +98,14 @@ class Results:
             if len(together) < self.copies:
                 return
             result = picture_grid(self.grids.pop(line.number))
-        suffix, text = ".png" if len(result) == 1 else ".mp4", " | ".join(line.texts)
-        name = line.path(self.layout, copy, suffix, self.copies)
+        suffix, text = SUFFIXES["image" if len(result) == 1 else "video"], " | ".join(line.texts)
+        name = self.layout.path_of(line, copy, suffix, self.copies)
         if self.layout.metadata:
-            beside = self.out / self.layout.metadata.format(number=line.number)
-            self._move(beside, json.dumps(line.row, ensure_ascii=False) + "\n")
-        if self.layout.source:
-            self._copy_source(line, self.out / line.place(self.layout.source))
+            beside = self.layout.place(self.layout.metadata, line, copy, suffix, self.copies)
+            self._move(self.out / beside, json.dumps(line.row, ensure_ascii=False) + "\n")
+        if self.layout.source and line.media:
+            beside = self.layout.place(self.layout.source, line, copy, suffix, self.copies)
+            self._copy_source(line, self.out / beside)
         partial = self.out / f".partial{suffix}"
         if len(result) == 1:
             write_png(partial, result[0], text)
@@ -132,20 +133,20 @@ class Results:
 
     def _note(self, line: Line, copy: int, **found: str) -> None:
         with (self.out / SAMPLES_FILE).open("a", encoding="utf-8") as lines:
-            row = {**line.row, "task": str(line.task), "line": line.number, "copy": copy, **found}
+            row = {**self._noted_of(line), "line": line.number, "copy": copy, **found}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self) -> None:
-        """The contact sheet of the first samples, and what was chosen of given options beside what is right."""
-        rows = [json.loads(text) for text in (self.out / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()]
-        shown = [row for row in rows if "file" in row][:SHEET_SAMPLES]
-        pairs = [(_read(self.out / row["file"]), _text(row)) for row in shown]
-        if pairs:
+        """The contact sheet of some samples, and what was chosen of given options beside what is right."""
+        rows = _rows(self.out / SAMPLES_FILE)
+        shown = spread([row for row in rows if Task(row["task"]).is_generation], SHEET_SAMPLES)
+        if shown:
+            pairs = [(shown_frames(self.out / row["file"]), " | ".join(self.lines[row["line"]].texts)) for row in shown]
             contact_sheet(pairs, columns=SHEET_COLUMNS).save(self.out / "contact_sheet.png")
         choices = [
             {"pred": row["answer"], "gt": right, "task_type": row.get("task_type", "")}
             for row in rows
-            if "answer" in row and (right := _right_option(self.lines[row["line"]])) is not None
+            if not Task(row["task"]).is_generation and (right := _right_option(self.lines[row["line"]])) is not None
         ]
         if choices:
             self._move(self.out / CHOICES_FILE, json.dumps({"res_list": choices}, ensure_ascii=False, indent=1) + "\n")
@@ -157,13 +158,14 @@ def _right_option(line: Line) -> str | None:
     return options_of(candidates)[candidates.index(answer)] if candidates and answer in candidates else None
 
 
-def _text(row: dict[str, Any]) -> str:
-    return next((row[key] for key in TEXT_KEYS if isinstance(row.get(key), str)), "")
+def spread(rows: Sequence[Any], most: int) -> Sequence[Any]:
+    """Up to `most` of them, evenly from the first on, so that a list sorted by task shows every task."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
-def _read(path: Path) -> Frames:
-    """A written sample."""
-    if path.suffix == ".png":
-        return np.asarray(Image.open(path))[None]
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The samples that are noted in a file, if it is there; a line torn by a kill is left out."""
+    if not path.is_file():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # texts may hold other ends of line
+    return [json.loads(text) for text in whole]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.model.joint_attention import KeyValueCache
 from megatron_lance.packing.positions import Mape
 from megatron_lance.packing.rng import uniform
@@ -44,29 +45,28 @@ class DecoderSettings:
         max_tokens: of an answer.
         top_p: smallest probability mass of the likeliest tokens that are drawn from; 0 takes the likeliest (greedy).
         temperature: divides logits before top-p.
-        seed: addresses the draws, with the sample id and the token's number.
     """
 
     max_tokens: int = 256
     top_p: float = 0.0
     temperature: float = 1.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens}: must be at least 1")
+            raise UserError(f"max_tokens {self.max_tokens}: must be at least 1; raise it")
         if not 0.0 <= self.top_p <= 1.0:
-            raise ValueError(f"top_p {self.top_p}: must lie in [0, 1]; 0 is greedy")
+            raise UserError(f"top_p {self.top_p}: must lie in [0, 1]; 0 is greedy")
         if not self.temperature > 0.0:
-            raise ValueError(f"temperature {self.temperature}: must be positive; top_p=0 is greedy")
+            raise UserError(f"temperature {self.temperature}: must be positive; top_p=0 is greedy")
 
 
-def choose(logits: torch.Tensor, settings: DecoderSettings, sample_id: str, number: int) -> int:
-    """The next token.
+def choose(logits: torch.Tensor, settings: DecoderSettings, seed: int, sample_id: str, number: int) -> int:
+    """The next token; a draw is addressed by the last three arguments.
 
     Args:
         logits: float32 [vocab].
         settings: greedy or top-p.
+        seed: of the question.
         sample_id: of the question.
         number: of the token in its answer, from 0.
     """
@@ -77,7 +77,7 @@ def choose(logits: torch.Tensor, settings: DecoderSettings, sample_id: str, numb
     )
     before = probabilities.cumsum(-1) - probabilities
     kept = probabilities * (before < settings.top_p)
-    point = uniform(settings.seed, "answer", sample_id, number) * float(kept.sum())
+    point = uniform(seed, "answer", sample_id, number) * float(kept.sum())
     place = int(torch.searchsorted(kept.cumsum(-1), point, right=True))
     return int(ids[min(place, int((kept > 0).sum()) - 1)])
 
@@ -92,6 +92,7 @@ def _with_room(question: Question, room: int) -> Question:
 
 def decode(
     questions: Sequence[Question],
+    seeds: Sequence[int],
     passes: ModelPasses,
     settings: DecoderSettings,
     end: int,
@@ -102,6 +103,7 @@ def decode(
 
     Args:
         questions: packed together.
+        seeds: of each question's draws.
         passes: runs the model.
         settings: how to choose tokens.
         end: token id that ends an answer; it is not part of it.
@@ -127,7 +129,10 @@ def decode(
         inputs = PassInputs(pack, ids, torch.cat([q.vit for q in questions]), no_latents, torch.zeros(0), rows)
         logits = passes.logits(inputs, mape, part if cached else None, cache)
         chosen = torch.tensor(
-            [choose(row, settings, questions[i].sample.sample_id, number) for i, row in zip(going, logits, strict=True)]
+            [
+                choose(row, settings, seeds[i], questions[i].sample.sample_id, number)
+                for i, row in zip(going, logits, strict=True)
+            ]
         ).to(logits.device)
         first_rank = dist.get_global_rank(passes.groups.replica, 0)
         dist.broadcast(chosen, src=first_rank, group=passes.groups.replica)

@@ -7,15 +7,20 @@ it.  Unlike metrics, events of steps that were done again stay.
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 
 
 class EventLog:
     """Appends events; every line is on its own, so a killed process leaves at most one torn line.
+
+    No run ends for an event: one that cannot be written, on a full disk for example, is a warning.
 
     Args:
         run_dir: of the run.
@@ -35,8 +40,14 @@ class EventLog:
         """
         if self.enabled:
             values = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": step, "event": event, **detail}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+            try:
+                with self.path.open("a+b") as file:
+                    file.seek(max(0, file.tell() - 1))
+                    torn = file.read(1) not in (b"", b"\n")
+                    line = json.dumps(values, ensure_ascii=False) + "\n"
+                    file.write((b"\n" if torn else b"") + line.encode())
+            except OSError as error:
+                logger.warning("%s: cannot be written (%s): %s", self.path, error.strerror, values)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.background import Ahead, StepReader
 from megatron_lance.data.decode import MediaDecoder
@@ -19,7 +21,7 @@ from megatron_lance.data.pack_index import PackIndex, PlannedPack
 from megatron_lance.data.position import LeftOut, batch_of, batches_before
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.reading import StepRead, TaskReader
-from megatron_lance.data.shares import Task, rank_tasks
+from megatron_lance.data.shares import Task, packs_of_replica, rank_tasks
 from megatron_lance.encoders.replica import ReplicaEncoder
 from megatron_lance.encoders.vae import build_vae
 from megatron_lance.encoders.vit import VitEncoder
@@ -28,7 +30,6 @@ from megatron_lance.objectives.flow_matching import draw_noise
 from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.packing.batch import PackTokens, PackVisuals
 from megatron_lance.packing.layout import Layout
-from megatron_lance.packing.packer import deal_packs
 from megatron_lance.packing.positions import Mape
 from megatron_lance.parallel.dispatch import RankBatch, rank_batch
 from megatron_lance.parallel.groups import Groups
@@ -43,6 +44,7 @@ class StepInputs:
         batches: this replica's micro-batches, on this rank's device.
         counts: loss rows of the whole global batch.
         packs: numbers of all packs of the global batch.
+        mine: those of this replica's micro-batches.
         tokens: real tokens of the global batch.
         capacity: tokens its packs could hold.
         work: of the global batch, what costs FLOPs.
@@ -53,6 +55,7 @@ class StepInputs:
     batches: Sequence[RankBatch]
     counts: LossCounts
     packs: Sequence[int]
+    mine: Sequence[int]
     tokens: int
     capacity: int
     work: Work
@@ -94,6 +97,7 @@ class Feed:
         )
         self._cache = self._open_cache()
         self.left_out: list[LeftOut] = []
+        self._dealt = lru_cache(maxsize=run.data.steps_ahead + 2)(self._deal)
         self.ahead = self._read_ahead()
 
     def _open_cache(self) -> EncodingCache | None:
@@ -118,6 +122,7 @@ class Feed:
         """Leave out these global batches from now on; what was read ahead is dropped."""
         self.ahead.close()
         self.left_out[:] = left_out
+        self._dealt.cache_clear()
         self.ahead = self._read_ahead()
 
     def step(self, step: int) -> StepInputs:
@@ -125,7 +130,7 @@ class Feed:
         start = time.perf_counter()
         read = self.ahead.step(step)
         waited = time.perf_counter() - start
-        return replace(self._inputs(self._planned(step), read), read_seconds=waited)
+        return replace(self._inputs(*self._dealt(step), read), read_seconds=waited)
 
     def of_packs(self, planned: Sequence[PlannedPack], reader: PackReader, idle: int = 0) -> StepInputs:
         """The inputs of any packs, read now; a collective of the replica.
@@ -135,7 +140,8 @@ class Feed:
             reader: of their index.
             idle: so many of the last carry no loss and do not count; they keep a replica busy that has no other pack.
         """
-        return self._inputs(planned, self.read([planned[i] for i in self._mine(planned)], reader), idle)
+        mine = self._mine(planned)
+        return self._inputs(planned, mine, self.read([planned[i] for i in mine], reader), idle)
 
     def read(self, packs: Sequence[PlannedPack], reader: PackReader) -> StepRead:
         """What this rank has to read for packs of its replica, read now."""
@@ -159,24 +165,25 @@ class Feed:
 
     def packs(self, step: int) -> list[PlannedPack]:
         """The packs that this replica trains on in a step."""
-        planned = self._planned(step)
-        return [planned[i] for i in self._mine(planned)]
+        planned, mine = self._dealt(step)
+        return [planned[i] for i in mine]
 
-    def _planned(self, step: int) -> list[PlannedPack]:
-        """The packs of a step's global batch."""
+    def _deal(self, step: int) -> tuple[list[PlannedPack], Sequence[int]]:
+        """(the packs of a step's global batch, which of them this replica trains on)."""
         batch = batch_of(step, self.left_out)
-        return [self.index.pack(n) for n in self.index.global_batch(batch, self.run.training.global_batch_size)]
+        planned = [self.index.pack(n) for n in self.index.global_batch(batch, self.run.training.global_batch_size)]
+        return planned, self._mine(planned)
 
     def _mine(self, planned: Sequence[PlannedPack]) -> Sequence[int]:
         """Which of them this replica trains on."""
-        return deal_packs([p.mask_pairs for p in planned], self.groups.dp)[self.groups.dp_rank]
+        return packs_of_replica(planned, self.groups.dp, self.groups.dp_rank)
 
     def _tasks(self, step: int) -> Sequence[Task]:
         """What this rank has to read for a step."""
         return rank_tasks(self.packs(step), self.groups.replica.size(), self.groups.replica.rank())
 
-    def _inputs(self, planned: Sequence[PlannedPack], read: StepRead, idle: int = 0) -> StepInputs:
-        counted, mine = len(planned) - idle, self._mine(planned)
+    def _inputs(self, planned: Sequence[PlannedPack], mine: Sequence[int], read: StepRead, idle: int = 0) -> StepInputs:
+        counted = len(planned) - idle
         visuals = self.encoder.encode([planned[i] for i in mine], read.media)
         counts = LossCounts.of((p.pack for p in planned[:counted]), [p.sources for p in planned[:counted]])
         numbers = {name: number for number, name in enumerate(counts.by_source)}
@@ -188,6 +195,7 @@ class Feed:
             batches=[b if i < counted else b.without_loss() for i, b in zip(mine, batches, strict=True)],
             counts=counts,
             packs=tuple(p.number for p in planned[:counted]),
+            mine=tuple(planned[i].number for i in mine),
             tokens=sum(p.pack.length for p in planned[:counted]),
             capacity=sum(p.pack.capacity for p in planned[:counted]),
             work=Work.total(Work.of(p.pack) for p in planned[:counted]),
@@ -209,7 +217,7 @@ class Feed:
         )
         batch = rank_batch(
             planned.pack,
-            Layout.build(planned.pack, groups.cp, groups.tp, run.parallel.region_alignment),
+            Layout.build(planned.pack, groups.cp, groups.tp, row_alignment(run)),
             tokens,
             visuals,
             noise,

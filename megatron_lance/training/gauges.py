@@ -1,18 +1,17 @@
 """Figures of a step that only all ranks together know: the gradient norm of each expert, and the memory peak.
 
-Station: gradients, reduced and ready for the update -> [gauges] -> metrics.  Each rank adds up squares of the gradient
-shards that its optimizer updates, and one small gather makes them whole: the same norms on every layout, and no wait
-for the device inside forward and backward.
+Station: gradients, reduced and ready for the update -> [gauges] -> update -> metrics.  Each rank adds up squares of the
+gradient shards that its optimizer updates; those of all ranks together give the same norms on every layout.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -33,8 +32,28 @@ def part_of(name: str) -> str:
     return "shared"
 
 
+@dataclass(frozen=True)
+class Readings:
+    """Figures of all ranks.
+
+    Attributes:
+        norms: of the gradients of each of PARTS, before clipping.
+        memory_bytes: the most of any rank.
+    """
+
+    norms: dict[str, float]
+    memory_bytes: int
+
+    @classmethod
+    def of(cls, everyone: torch.Tensor) -> Readings:
+        """From what `Gauges.own` tells on every rank, float64 [ranks, parts + 1]."""
+        *squares, memory = everyone.T.tolist()
+        norms = {part: math.sqrt(sum(of_ranks)) for part, of_ranks in zip(PARTS, squares, strict=True)}
+        return cls(norms, int(max(memory)))
+
+
 class Gauges:
-    """Reads norms and memory of this rank and gathers them.
+    """Reads norms and memory of this rank.
 
     Args:
         optimizer: over the stages.
@@ -51,19 +70,14 @@ class Gauges:
                     self.shards[part_of(names[parameter])].append(shard)
 
     @torch.no_grad()
-    def read(self) -> tuple[dict[str, float], int]:
-        """Norms by part before clipping, and the largest memory of any rank in bytes; a collective of the world.
+    def own(self) -> torch.Tensor:
+        """This rank's part of the squares by part, and its memory in bytes, float64 [parts + 1].
 
         Device memory is the peak of tensors since the last call; a CPU has no such count and tells the resident memory
         of its process.
         """
         own = [self._square(part) for part in PARTS] + [torch.tensor(float(self._memory()), device=self.device)]
-        mine = torch.stack([value.double() for value in own])
-        everyone = torch.empty(dist.get_world_size() * len(own), dtype=torch.float64, device=self.device)
-        dist.all_gather_into_tensor(everyone, mine)
-        *squares, memory = everyone.view(-1, len(own)).T.tolist()
-        norms = {part: math.sqrt(sum(of_ranks)) for part, of_ranks in zip(PARTS, squares, strict=True)}
-        return norms, int(max(memory))
+        return torch.stack([value.double() for value in own])
 
     def _square(self, part: str) -> torch.Tensor:
         """Sum of squares of this rank's gradients of a part; their norms are taken tensor by tensor."""

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
-from megatron_lance.config.errors import UserError
+from megatron_lance.checkpoint.everywhere import of_all_ranks
+from megatron_lance.config.errors import ExitCode, UserError
 from megatron_lance.config.schema import TrainingConfig
-from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.events import EventLog
-from megatron_lance.training.pulse import Pulse, StragglerWatch, of_all_ranks
+from megatron_lance.training.pulse import Pulse, StragglerWatch
 from megatron_lance.training.signals import StopReason, StopRequest
 from megatron_lance.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
+
+_DEFECT = 1  # the exit code of an error that is not the user's
 
 
 @dataclass(frozen=True)
@@ -41,24 +44,20 @@ class Guards:
     stragglers: StragglerWatch
     events: EventLog
 
-    def after_step(self, step: int, data_seconds: float, busy_seconds: float, groups: Groups) -> StopReason:
-        """Exchange pulses, and name stragglers; a collective of the world.
+    def is_asked(self) -> bool:
+        """Whether this rank is asked to stop; others may not be."""
+        return bool(self.stop.reason)
+
+    def after_step(self, step: int, pulses: Sequence[Pulse]) -> StopReason:
+        """Name stragglers, and say what one of the ranks was asked; a collective of the world.
 
         Args:
             step: steps done.
-            data_seconds: that this rank waited for data.
-            busy_seconds: of forward and backward on this rank.
-            groups: degrees and ranks.
-
-        Returns:
-            what one of the ranks was asked; the same on all.
+            pulses: of all ranks, by rank.
         """
-        own = Pulse(self.stop.reason, groups.dp_rank, data_seconds, busy_seconds)
-        pulses = of_all_ranks(own, groups.device)
         slow = self.stragglers.after(pulses)
         if slow:
-            hosts = [""] * dist.get_world_size()
-            dist.all_gather_object(hosts, socket.gethostname())
+            hosts = of_all_ranks(socket.gethostname())
             for straggler in slow:
                 names = sorted({hosts[rank] for rank in straggler.ranks})
                 logger.warning("straggler after step %d: %s, on %s", step, straggler.line(), ", ".join(names))
@@ -66,23 +65,45 @@ class Guards:
         return max(pulse.stop for pulse in pulses)
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """Makes how a run ends its last event.
+
+    Attributes:
+        events: takes it.
+        watchdog: knows the step.
+    """
+
+    events: EventLog
+    watchdog: Watchdog
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code: int = ExitCode.FINISHED if kind is None else _DEFECT
+        if isinstance(error, UserError):
+            code = error.exit_code
+        message = {} if error is None else {"message": str(error)}
+        reason = "finished" if kind is None else kind.__name__
+        self.events.write(self.watchdog.step, "ended", exit_code=int(code), reason=reason, **message)
+
+
 @contextmanager
-def guarded(settings: TrainingConfig) -> Iterator[Guards]:
+def guarded(settings: TrainingConfig, stop: StopRequest, events: EventLog) -> Iterator[Guards]:
     """Guards of this process; how the run ends is its last event.
 
     Args:
         settings: of the run.
+        stop: what this process is asked, since its begin.
+        events: of the run.
     """
-    run_dir, rank, world_size = Path(settings.run_dir), dist.get_rank(), dist.get_world_size()
-    events = EventLog(run_dir, enabled=rank == 0)
+    run_dir, rank = Path(settings.run_dir), dist.get_rank()
+    stragglers = StragglerWatch(settings.straggler_factor, settings.straggler_interval)
     with (
-        StopRequest(settings.stop_after_minutes) as stop,
-        Watchdog(run_dir, settings.hang_seconds, rank, world_size) as watchdog,
+        Watchdog(run_dir, settings.hang_seconds, rank, dist.get_world_size()) as watchdog,
+        _Ending(events, watchdog),
     ):
-        stragglers = StragglerWatch(settings.straggler_factor, settings.straggler_interval)
-        try:
-            yield Guards(stop, watchdog, stragglers, events)
-        except UserError as error:
-            name, code = type(error).__name__, int(error.exit_code)
-            events.write(watchdog.step, "ended", exit_code=code, reason=name, message=str(error))
-            raise
+        yield Guards(stop, watchdog, stragglers, events)

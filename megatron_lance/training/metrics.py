@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -49,6 +50,7 @@ class StepMetrics:
         grad_norm: before clipping.
         learning_rate: of this step.
         tokens_per_second: real tokens of the global batch over the step's time.
+        padded_tokens_per_second: the same with the padding of its packs.
         tflops: model FLOPs from real tokens and mask pairs, 1e12 per second and device.
         mfu: of the device's peak; None where that is not known (profiling.peak_tflops).
         bagel_tflops: as tflops, by the formula that BAGEL logs.
@@ -78,6 +80,7 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
+    padded_tokens_per_second: float
     tflops: float
     mfu: float | None
     bagel_tflops: float
@@ -199,6 +202,12 @@ class MetricsWriter:
     def known(self, step: int) -> list[str]:
         """Which of metrics, validation and preview have a line of this step."""
         return [name for name, lines in self.lines.items() if lines.last == step] if self.enabled else []
+
+    def losses(self, count: int) -> list[float | None]:
+        """Losses of the last steps, `count` of them at most; None where a step was left out."""
+        with (self.run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
+            last = [json.loads(line) for line in deque(file, maxlen=count)]
+        return [None if line["skipped"] else line["loss"] for line in last]
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step."""

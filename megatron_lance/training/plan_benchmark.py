@@ -83,7 +83,7 @@ def layouts(world_size: int) -> dict[str, ParallelConfig]:
 def _shape(pack: Pack) -> PackShape:
     """What a CPU computes of a pack: masked pairs of causal slices too."""
     pairs = sum(piece.num_queries * piece.num_keys for piece in AttentionPlan.from_pack(pack).slices)
-    return PackShape(replace(Work.of(pack), pairs=pairs), 0.0)
+    return replace(PackShape.of(pack), work=replace(Work.of(pack), pairs=pairs), encoder_flops=0.0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.parallel.groups import Groups
-from megatron_lance.sampling.batches import HowToSample, batches, sample_batch
+from megatron_lance.sampling.batches import HowToSample, Sampled, rounds, sample_round
 from megatron_lance.sampling.engine import Encoders, Engine
 from megatron_lance.sampling.flow_sampler import SamplerSettings
-from megatron_lance.sampling.media import Frames
 from megatron_lance.sampling.passes import ModelPasses
 from megatron_lance.sampling.prompt_list import Defaults, Line, check_sizes, read_list
 from megatron_lance.sampling.text_decoder import DecoderSettings
@@ -28,9 +28,6 @@ from megatron_lance.training.setup import Trainee
 from megatron_lance.training.validation import is_time_up
 
 logger = logging.getLogger(__name__)
-
-Sampled = Frames | str
-"""A picture or clip, or an answer."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Preview:
     ) -> None:
         settings = run.preview
         self.settings, self.trainee, self.groups = settings, trainee, groups
-        passes = ModelPasses(trainee.stages, run.model, groups, run.parallel.region_alignment)
+        passes = ModelPasses(trainee.stages, run.model, groups, row_alignment(run))
         self.engine = Engine(run, passes, encoders, tokenizer)
         self.how = HowToSample(
             SamplerSettings(settings.steps, settings.shift, settings.scale, settings.visual_scale),
@@ -109,40 +106,27 @@ class Preview:
         for line in self.lines:
             self.engine.check(line.prompt(0, line.read_media()))
 
-    def sample(self, step: int, beat: Callable[[], None]) -> Samples:
+    def sample(self, step: int, beat: Callable[[], None], asked: Callable[[], bool]) -> Samples:
         """Sample all prompts, or as many as there is time for; a collective of the world.
 
         Args:
             step: steps done.
-            beat: called before each round of batches.
+            beat: called before each pass of the model.
+            asked: whether this rank is asked to stop; nothing further is begun then.
         """
-        start, settings, replicas = time.perf_counter(), self.settings, self.groups.dp
-        work = list(batches([(line, 0) for line in self.lines], settings.batch))
+        start, settings = time.perf_counter(), self.settings
         found: dict[int, Sampled] = {}
+        self.engine.passes.before = beat
         with self.trainee.at_rest(averaged=settings.ema):
-            for first in range(0, len(work), replicas):
-                beat()
-                mine = work[first + self.groups.dp_rank :][:1]
-                found |= self._gather({line.number: r for batch in mine for line, r in self._results(batch)})
-                if is_time_up(start, settings.max_seconds, self.groups):
+            for batches in rounds([(line, 0) for line in self.lines], settings.batch, self.groups.dp):
+                found |= {line.number: result for (line, _), result in sample_round(self.engine, batches, self.how)}
+                if is_time_up(start, settings.max_seconds, asked(), self.groups):
                     break
         done = [(line, found[line.number]) for line in self.lines if line.number in found]
         if dist.get_rank() == 0 and len(done) < len(self.lines):
             logger.warning(
-                "preview.max_seconds %s: over after %d of %d prompts", settings.max_seconds, len(done), len(self.lines)
+                "preview: ended by preview.max_seconds %s or a stop after %d of %d prompts",
+                *(settings.max_seconds, len(done), len(self.lines)),
             )
         seconds = time.perf_counter() - start
         return Samples(step, done, len(self.lines), self.engine.fps, settings.ema, seconds)
-
-    def _results(self, batch: Sequence[tuple[Line, int]]) -> list[tuple[Line, Sampled]]:
-        results = sample_batch(self.engine, batch, self.how)
-        return [(line, result) for (line, _), result in zip(batch, results, strict=True)]
-
-    def _gather(self, found: dict[int, Sampled]) -> dict[int, Sampled]:
-        """The results of all replicas, on the first rank."""
-        if self.groups.dp == 1:
-            return found
-        first = dist.get_rank() == 0
-        gathered: list[dict[int, Sampled]] | None = [{}] * dist.get_world_size() if first else None
-        dist.gather_object(found if self.groups.replica.rank() == 0 else {}, gathered)
-        return {number: result for part in gathered or () for number, result in part.items()}

@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_lance.checkpoint.hf_lance import RandomSource
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.shares import share_out
 from megatron_lance.data.synthetic import scaled_packs
 from megatron_lance.encoders.vae import SPATIAL, TEMPORAL, build_vae
 from megatron_lance.encoders.vit import VitEncoder
@@ -38,16 +37,15 @@ from megatron_lance.profiling.devices import peak_tflops
 from megatron_lance.profiling.encoder_flops import VitSizes, encoder_flops
 from megatron_lance.profiling.flops import Work
 from megatron_lance.profiling.live_bytes import LiveBytes
-from megatron_lance.profiling.memory import memory_per_rank
+from megatron_lance.profiling.memory import PackLoad, memory_per_rank
 from megatron_lance.profiling.step_time import amounts_of
 from megatron_lance.profiling.step_traffic import step_transfers
 from megatron_lance.profiling.throughput import Measured, summary
 from megatron_lance.profiling.trace import marked, part, read_trace
-from megatron_lance.training.feed import Feed
-from megatron_lance.training.loop import update
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
 from megatron_lance.training.synthetic import micro_batches
+from megatron_lance.training.update import update
 
 POOL = 2
 """Global batches of synthetic packs that steps take in turn."""
@@ -138,6 +136,8 @@ class SyntheticSource:
         return inputs
 
     def _encode(self, packs: Sequence[Pack]) -> None:
+        from megatron_lance.data.shares import share_out  # needs media libraries
+
         assert self.vit is not None and self.vae is not None
         segments = [
             (p.segment.kind, p.segment.grid or (1, 1, 1))
@@ -166,6 +166,8 @@ class DataSource:
     """
 
     def __init__(self, run: RunConfig, groups: Groups, tokenizer: Tokenizer) -> None:
+        from megatron_lance.training.feed import Feed  # needs media libraries
+
         self.feed = Feed(run, groups, tokenizer)
 
     def step(self, number: int) -> Inputs:
@@ -187,9 +189,9 @@ class DataSource:
 
 
 def _train(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) -> None:
-    losses = forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
+    own = forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
     with part("optimizer"):
-        update(trainee, losses)
+        update(trainee, own)
 
 
 def _synchronize() -> None:
@@ -199,15 +201,17 @@ def _synchronize() -> None:
 
 def _timed(
     source: SyntheticSource | DataSource, steps: range, run: RunConfig, trainee: Trainee, groups: Groups
-) -> list[float]:
-    """Seconds of steps as they are."""
-    seconds = []
+) -> tuple[list[float], list[Work]]:
+    """(seconds, work of the global batch) of steps as they are."""
+    seconds, works = [], []
     for number in steps:
         start = time.perf_counter()
-        _train(source.step(number), run, trainee, groups)
+        inputs = source.step(number)
+        _train(inputs, run, trainee, groups)
         _synchronize()
         seconds.append(time.perf_counter() - start)
-    return seconds
+        works.append(inputs.work)
+    return seconds, works
 
 
 def _profiled(
@@ -244,7 +248,7 @@ def _memory(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) ->
         with LiveBytes() as counter:
             forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
         peak = counter.peak
-    formula = memory_per_rank(run, dist.get_world_size())[groups.pp_rank]
+    formula = memory_per_rank(run, dist.get_world_size(), PackLoad.of(inputs.batches))[groups.pp_rank]
     return {
         "weights": sum(p.numel() * p.element_size() for p in weights),
         "gradients": sum(g.numel() * g.element_size() for g in grads),
@@ -307,7 +311,7 @@ def measure(
     try:
         _timed(source, range(settings.warmup), run, trainee, groups)
         steps = range(settings.warmup, settings.warmup + settings.steps)
-        seconds = _timed(source, steps, run, trainee, groups)
+        seconds, works = _timed(source, steps, run, trainee, groups)
         traced, inputs = _profiled(source, steps.stop, run, trainee, groups, trace)
         memory = _memory(inputs, run, trainee, groups)
         own = _own(inputs, run, groups, seconds, traced, memory)
@@ -320,7 +324,8 @@ def measure(
     rows = [sum(batch.region_rows) for batch in inputs.batches]
     measured = Measured(
         ranks=everyone,
-        work=inputs.work,
+        works=works,
+        profiled=inputs.work,
         capacity=inputs.capacity,
         padded=sum(rows) * groups.cp * groups.dp,
         peak_tflops=run.profiling.peak_tflops or peak_tflops(run.training.precision),

@@ -1,6 +1,7 @@
-"""What ranks tell one another after each step: whether one was asked to stop, and how long each was busy.
+"""What ranks tell one another in each step: whether one was asked to stop, and how long each was busy.
 
-Station: step -> [pulse] -> stop, report of stragglers.  One small gather after each step, so every rank decides alike.
+Station: step -> [pulse] -> update, which brings it to all ranks -> stop, report of stragglers.  Every rank has the
+pulses of all, so every rank decides alike.
 """
 
 from __future__ import annotations
@@ -9,15 +10,12 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 from megatron_lance.training.signals import StopReason
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """One rank after a step.
+    """One rank in a step.
 
     Attributes:
         stop: what it was asked.
@@ -26,25 +24,21 @@ class Pulse:
         busy_seconds: of forward and backward until its gradients wait for those of other replicas.
     """
 
-    stop: StopReason
-    replica: int
-    data_seconds: float
-    busy_seconds: float
+    stop: StopReason = StopReason.NONE
+    replica: int = 0
+    data_seconds: float = 0.0
+    busy_seconds: float = 0.0
 
+    @property
+    def values(self) -> list[float]:
+        """As numbers."""
+        return [float(self.stop), float(self.replica), self.data_seconds, self.busy_seconds]
 
-def of_all_ranks(own: Pulse, device: torch.device) -> list[Pulse]:
-    """The pulse of every rank, by rank; a collective of the world.
-
-    Args:
-        own: of this rank.
-        device: of the process groups.
-    """
-    values = [float(own.stop), float(own.replica), own.data_seconds, own.busy_seconds]
-    mine = torch.tensor(values, dtype=torch.float64, device=device)
-    everyone = torch.empty(dist.get_world_size() * len(values), dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(everyone, mine)
-    rows = everyone.view(-1, len(values)).tolist()
-    return [Pulse(StopReason(int(stop)), int(replica), data, busy) for stop, replica, data, busy in rows]
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Pulse:
+        """From `values`."""
+        stop, replica, data, busy = values
+        return cls(StopReason(int(stop)), int(replica), data, busy)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
 from megatron_lance.config.errors import UserError
-from megatron_lance.training.charts import Chart, svg
+from megatron_lance.profiling.charts import Chart, image
+from megatron_lance.profiling.page import html_table
+from megatron_lance.profiling.page import page as html_page
 from megatron_lance.training.events import EVENTS_FILE, read_events
 
 Line = dict[str, Any]
@@ -25,14 +27,6 @@ SHOWN_STEPS = 6
 """Steps whose samples are shown: the first, the last and some between."""
 MARKED = {"started": "tab:blue", "skipped": "tab:red", "spike": "tab:orange", "rewound": "tab:purple"}
 """Events that are drawn into the curves, and their colours."""
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1240px; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; font-size: 14px } td, th { padding: 2px 12px 2px 0; text-align: left;
-vertical-align: top } .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(560px, 1fr)); gap: 8px }
-.charts img { width: 100% } .samples img { image-rendering: auto; width: 112px; display: block }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 13px } .quiet { color: #777 }
-"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def read_run(folder: Path) -> Record:
         raise UserError(f"run folder '{folder}': has no step in metrics.jsonl; name the training.run_dir of a run")
     config = folder / "config.yaml"
     return Record(
-        folder,
+        folder.resolve(),  # "." has a name too
         steps,
         _lines(folder / "validation.jsonl"),
         _lines(folder / "preview.jsonl"),
@@ -149,7 +143,7 @@ def charts(record: Record) -> list[Chart]:
         Chart("validation loss by task", "", _series(record.validations, "loss_by_task"), dots=True),
         Chart("learning rate", "", _series(steps, "learning_rate")),
         Chart("gradient norm before clipping", "", norms, log=True),
-        Chart("speed", "real tokens/s", _series(steps, "tokens_per_second"), from_zero=True),
+        Chart("speed", "tokens/s", _series(steps, "tokens_per_second", "padded_tokens_per_second"), from_zero=True),
         Chart("use of the devices' peak", "MFU", _series(steps, "mfu", "bagel_mfu"), from_zero=True),
         Chart(
             "where the time of a step goes",
@@ -176,10 +170,12 @@ def _summary(record: Record) -> list[tuple[str, str]]:
     steps, last = record.steps, record.steps[-1]
     seconds = sum(line["step_seconds"] for line in steps)
     rate = last["tokens_per_second"] if len(steps) < 3 else _median([line["tokens_per_second"] for line in steps])
-    ends = [event for event in record.events if event["event"] == "ended"]
-    end = f"{ends[-1]['reason']} (exit code {ends[-1]['exit_code']})" if ends else "running, or killed"
+    turns = [event for event in record.events if event["event"] in ("started", "ended")]
+    end = "running, or killed"
+    if turns and turns[-1]["event"] == "ended":
+        end = f"{turns[-1]['reason']} (exit code {turns[-1]['exit_code']})"
     rows = [
-        ("steps", f"{last['step']}; the last ended: {end}"),
+        ("steps", f"{last['step']}; {end}"),
         ("loss", f"{_number(steps[0]['loss'])} at step {steps[0]['step']}, {_number(last['loss'])} at the last"),
         ("tokens seen", ", ".join(f"{kind} {count:,}" for kind, count in last.get("tokens_seen", {}).items())),
         ("speed", f"{rate:,.0f} real tokens/s in the median step, {seconds / 3600:.2f} hours in steps"),
@@ -196,13 +192,6 @@ def _median(values: Sequence[float]) -> float:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.5g}"
-
-
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Escaped cells."""
-    lines = [f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in head)}</tr>"] if head else []
-    lines += [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-    return f"<table>{''.join(lines)}</table>"
 
 
 def _chosen(steps: Sequence[int]) -> list[int]:
@@ -228,7 +217,7 @@ def _samples(record: Record) -> str:
         if line["step"] in _chosen([each["step"] for each in record.previews])
         for answer in line["answers"]
     ]
-    return pictures_table + (_table(answers, ("step", "task", "question", "answer")) if answers else "")
+    return pictures_table + (html_table(answers, ("step", "task", "question", "answer")) if answers else "")
 
 
 def _events(record: Record) -> str:
@@ -237,17 +226,17 @@ def _events(record: Record) -> str:
         rest = {name: value for name, value in event.items() if name not in ("time", "step", "event")}
         detail = ", ".join(f"{name} {value}" for name, value in rest.items())
         rows.append((event["time"], str(event["step"]), event["event"], detail))
-    return _table(rows, ("time (UTC)", "steps done", "event", ""))
+    return html_table(rows, ("time (UTC)", "steps done", "event", ""))
 
 
 def _section(record: Record) -> str:
     """One run."""
     name = html.escape(record.folder.name)
     marks = _marks(record)
-    images = (f'<img alt="{html.escape(chart.title)}" src="{svg(chart, marks)}">' for chart in charts(record))
+    images = (image(chart, marks) for chart in charts(record))
     legend = ", ".join(f"{event} {colour.removeprefix('tab:')}" for event, colour in MARKED.items())
     parts = [
-        f'<h1 id="{name}">{name}</h1>{_table(_summary(record))}',
+        f'<h1 id="{name}">{name}</h1>{html_table(_summary(record))}',
         f'<h2>Curves</h2><p class="quiet">Vertical lines: {legend}.</p><div class="charts">{"".join(images)}</div>',
     ]
     samples = _samples(record)
@@ -263,12 +252,8 @@ def page(records: Sequence[Record]) -> str:
 
     Args:
         records: at least one.
-
-    Raises:
-        UserError: if matplotlib, which draws the curves, is not installed.
     """
     names = [html.escape(record.folder.name) for record in records]
     links = " · ".join(f'<a href="#{name}">{name}</a>' for name in names) if len(names) > 1 else ""
     body = "<hr>".join(_section(record) for record in records)
-    head = f'<meta charset="utf-8"><title>{", ".join(names)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body><p>{links}</p>{body}</body></html>\n"
+    return html_page(", ".join(record.folder.name for record in records), f"<p>{links}</p>{body}")

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from megatron_lance.checkpoint.manifest import (
     DataIdentity,
     changed_settings,
     check_resumable,
-    checkpoint_before,
     checkpoints_folder,
     damage,
     find_checkpoint,
@@ -32,12 +30,14 @@ from megatron_lance.checkpoint.manifest import (
 from megatron_lance.checkpoint.optimizer_state import kind_of_save
 from megatron_lance.checkpoint.saver import Saver
 from megatron_lance.checkpoint.store import PendingWeights, TrainingState
-from megatron_lance.config.errors import ExitCode, NonFiniteError
+from megatron_lance.config.errors import Stopped
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.loader import ConfigError, dump_yaml
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.pack_index import PackIndex
-from megatron_lance.data.position import LeftOut, gone_back
+from megatron_lance.data.position import LeftOut
 from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.model.layer_specs import check_transformer_engine
 from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.layout import Layout
 from megatron_lance.parallel import groups as parallel_groups
@@ -45,13 +45,16 @@ from megatron_lance.parallel.groups import Groups
 from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.sampling.engine import Encoders
 from megatron_lance.sampling.prompt_list import Line
+from megatron_lance.training.events import EventLog
 from megatron_lance.training.feed import Feed
-from megatron_lance.training.guards import Guards, guarded
-from megatron_lance.training.loop import Looks, train
+from megatron_lance.training.guards import guarded
+from megatron_lance.training.looks import Looks
+from megatron_lance.training.loop import Session
 from megatron_lance.training.metrics import StepMetrics, written_in
 from megatron_lance.training.preview import Preview, read_prompts
+from megatron_lance.training.rewind import train_with_rewinds
 from megatron_lance.training.setup import Trainee, build, weight_source
-from megatron_lance.training.spikes import LossSpike
+from megatron_lance.training.signals import StopRequest
 from megatron_lance.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -76,7 +79,7 @@ def describe(run: RunConfig, world_size: int) -> str:
     parallel = run.parallel
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     planned = PackIndex.open(run.data.pack_index).pack(0)
-    layout = Layout.build(planned.pack, cp, tp, parallel.region_alignment)
+    layout = Layout.build(planned.pack, cp, tp, row_alignment(run))
     und, gen = layout.shard_rows
     return "\n".join(
         [
@@ -186,8 +189,12 @@ def _looks(
     return Looks(run, validation, preview)
 
 
-def train_run(run: RunConfig) -> list[StepMetrics]:
+def train_run(run: RunConfig, stop: StopRequest) -> list[StepMetrics]:
     """Train, and leave the process groups as they are.
+
+    Args:
+        run: the whole configuration.
+        stop: what this process is asked meanwhile.
 
     Returns:
         the metrics of the steps of this process.
@@ -195,6 +202,8 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
     Raises:
         UserError: if the run cannot start or cannot go on.
     """
+    if run.model.transformer_impl == "transformer_engine":
+        check_transformer_engine(run.fp8.recipe)
     run = replace(run, model=with_rope_of(run.model, run.training.init_from))
     prompts = read_prompts(run) if run.preview.prompts else []
     tokenizer, data, checkpoint = _open(run)
@@ -218,70 +227,36 @@ def train_run(run: RunConfig) -> list[StepMetrics]:
         feed.encoder.broken.update(checkpoint.manifest.broken_media)
         steps_done = checkpoint.manifest.step
         feed.leave_out([LeftOut(*gap) for gap in checkpoint.manifest.left_out])
-    saver = Saver(run, state, data, feed.encoder.broken, feed.left_out)
+    events = EventLog(Path(run.training.run_dir), enabled=dist.get_rank() == 0)
+
+    def published(step: int, folder: Path) -> None:
+        events.write(step, "checkpoint", folder=str(folder))
+
+    saver = Saver(run, state, data, feed.encoder.broken, feed.left_out, published)
     if checkpoint is not None and _is_only_rewritten(run, checkpoint):
         saver.save(steps_done, is_rewritten=True)
         saver.finish()
         return []
-    with closing(feed), guarded(run.training) as guards:
+    with closing(feed), guarded(run.training, stop, events) as guards:
         degrees = {"tp": groups.tp, "cp": groups.cp, "pp": groups.pp, "dp": groups.dp}
-        guards.events.write(steps_done, "started", ranks=dist.get_world_size(), **degrees)
-        history = _with_rewinds(run, trainee, state, feed, groups, saver, steps_done, looks, guards)
-        guards.events.write(run.training.train_iters, "ended", exit_code=int(ExitCode.FINISHED), reason="finished")
-    return history
+        events.write(steps_done, "started", ranks=dist.get_world_size(), **degrees)
+        session = Session(run, groups, trainee, feed, saver, looks, guards)
+        return train_with_rewinds(session, state, steps_done)
 
 
-def _with_rewinds(
-    run: RunConfig,
-    trainee: Trainee,
-    state: TrainingState,
-    feed: Feed,
-    groups: Groups,
-    saver: Saver,
-    steps_done: int,
-    looks: Looks,
-    guards: Guards,
-) -> list[StepMetrics]:
-    """Train; at a loss spike go back to the checkpoint before it and leave out the packs in between.
-
-    Raises:
-        NonFiniteError: if there is no such checkpoint, or after `training.max_rewinds`.
-    """
-    for rewinds in count():
-        try:
-            return train(run, trainee, feed, groups, saver, steps_done, looks, guards)
-        except NonFiniteError:
-            saver.finish()
-            raise
-        except LossSpike as spike:
-            saver.finish()
-            guards.events.write(spike.last, "spike", first=spike.first, losses=spike.losses, usual=spike.usual)
-            before = spike.first
-            checkpoint = first_ranks(lambda: checkpoint_before(run.training, before))  # noqa: B023
-            if checkpoint is None or rewinds == run.training.max_rewinds:
-                why = f"after {rewinds} rewinds" if checkpoint else "no checkpoint is older than the spike"
-                raise NonFiniteError(
-                    f"loss spike: {spike}; {why}; lower optimizer.lr, look at the packs of these steps, or raise "
-                    "training.spike_factor"
-                ) from spike
-            steps_done = checkpoint.manifest.step
-            logger.warning("loss spike: %s; going back to %s", spike, checkpoint.folder)
-            guards.watchdog.at("rewind", steps_done)
-            if damages := faults(checkpoint):
-                raise damage(checkpoint, damages) from spike
-            with trainee.at_rest(averaged=False):  # no gather of weights is under way
-                store.load(checkpoint, state)
-            feed.leave_out(gone_back(feed.left_out, steps_done, spike.last))
-            saver.save(steps_done)
-            guards.events.write(steps_done, "rewound", left_out=[list(gap) for gap in feed.left_out])
-    raise AssertionError("unreachable")
-
-
-def start(run: RunConfig) -> None:
+def start(run: RunConfig, stop: StopRequest) -> None:
     """Train.  What can be checked without a process group is checked before one exists.
+
+    Args:
+        run: the whole configuration.
+        stop: what this process is asked meanwhile.
 
     Raises:
         UserError: if the run cannot start or cannot go on.
     """
-    train_run(run)
+    try:
+        train_run(run, stop)
+    except Stopped:  # all ranks are here, and leave together
+        parallel_groups.destroy()
+        raise
     parallel_groups.destroy()

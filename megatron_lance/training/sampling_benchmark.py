@@ -1,19 +1,21 @@
 """Benchmark of the sampler: with the clean context's keys and values kept, and without, for edits and a clip.
 
 Station: random weights and conditions -> [guided Euler sampling, cached and uncached] -> tools/bench.py.  Both ways
-give the same samples; how far they differ is part of the result.
+give the same samples; how far they differ is part of the result, and which share of the time the layers took.  The two
+ways take turns, and a ratio is of neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_lance.checkpoint.hf_lance import RandomSource, load_weights
@@ -36,18 +38,41 @@ HEAD = 128  # channels, as in the 3B model
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("--layers", type=int, default=4, help="dual-expert layers")
+    parser.add_argument("--layers", type=int, default=2, help="dual-expert layers")
     parser.add_argument("--hidden", type=int, default=512, help=f"channels, a multiple of {2 * HEAD}")
     parser.add_argument("--side", type=int, default=256, help="pixels of a square picture or frame, a multiple of 16")
-    parser.add_argument("--frames", type=int, default=17, help="of clips, 4k+1")
-    parser.add_argument("--steps", type=int, default=10, help="Euler steps")
+    parser.add_argument("--frames", type=int, default=9, help="of clips, 4k+1")
+    parser.add_argument("--steps", type=int, default=8, help="Euler steps")
     parser.add_argument("--scale", type=float, default=4.0, help="guidance scale on text; 1 leaves that branch out")
-    parser.add_argument("--repeats", type=int, default=3, help="samplings of each way; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="samplings of each way")
 
 
-def _clock() -> tuple[str, Callable[[], float]]:
-    """Name and clock: on a CPU the process's own time, which other processes do not lengthen."""
-    return ("wall", time.perf_counter) if torch.cuda.is_available() else ("process", time.process_time)
+def _now() -> float:
+    """Seconds by a clock; on a CPU the process's own time, which other processes do not lengthen."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def _in_layers(stages: Sequence[torch.nn.Module]) -> Iterator[list[float]]:
+    """Times spent in the stages' layers, one entry a pass; on a GPU it waits for the device around them."""
+    spent: list[float] = []
+    hooks = []
+    for stage in stages:
+        decoder = stage.get_submodule("decoder")
+        hooks.append(decoder.register_forward_pre_hook(lambda *_: spent.append(-_now())))
+        hooks.append(decoder.register_forward_hook(lambda *_: spent.append(spent.pop() + _now())))
+    try:
+        yield spent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
 def _model(layers: int, hidden: int) -> ModelConfig:
@@ -104,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "guided_steps": int((timesteps(args.steps, settings.shift)[:-1] > settings.interval[0]).sum()),
             "threads": torch.get_num_threads(),
             "load_before": load,
-            "clock": _clock()[0],
+            "clock": "wall" if torch.cuda.is_available() else "process",
             "cases": {
                 name: _measure(_request(task, args.side, frames, model), passes, settings, args.repeats)
                 for name, (task, frames) in cases.items()
@@ -115,27 +140,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(request: Request, passes: ModelPasses, settings: SamplerSettings, repeats: int) -> dict[str, Any]:
-    """Seconds of both ways by `_clock`, in turns, and their ratio."""
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    """Both ways of a case: seconds of each sampling, their ratios, and the share of the time that layers took."""
+    ways = {True: "cached", False: "uncached"}
+    seconds: dict[bool, list[float]] = {way: [] for way in ways}
+    layers: dict[bool, float] = dict.fromkeys(ways, 0.0)
     results: dict[bool, torch.Tensor] = {}
-    _, clock = _clock()
     for turn in range(repeats + 1):
-        for cached in (True, False):
+        for way in ways:
             noise = initial_noise([request], passes.model.latent_channels, 1)
             once = replace(settings, steps=1) if turn == 0 else settings  # the first turn warms up
-            start = clock()
-            (results[cached],) = sample([request], noise, ModelVelocity(passes, cached), once)
+            with _in_layers(passes.stages) as spent:
+                start = _now()
+                (results[way],) = sample([request], noise, ModelVelocity(passes, way), once)
             if turn > 0:
-                seconds[cached].append(clock() - start)
-    medians = {cached: statistics.median(found) for cached, found in seconds.items()}
+                seconds[way].append(_now() - start)
+                layers[way] += sum(spent)
     target = request.sample.segments[-1].length
     difference = (results[True] - results[False]).abs().max() / results[False].abs().max()
     return {
         "context_tokens": request.sample.length - target,
         "target_tokens": target,
-        "cached_seconds": seconds[True],
-        "uncached_seconds": seconds[False],
-        "ratio": medians[False] / medians[True],
+        **{f"{name}_seconds": {**_percentiles(seconds[way]), "all": seconds[way]} for way, name in ways.items()},
+        **{f"{name}_share_in_layers": layers[way] / sum(seconds[way]) for way, name in ways.items()},
+        "ratio": _percentiles([slow / fast for slow, fast in zip(seconds[False], seconds[True], strict=True)]),
         "difference": float(difference),
     }
 
@@ -146,12 +173,15 @@ def table(result: dict[str, Any]) -> str:
         f"{result['layers']} layers of width {result['hidden']}, {result['steps']} steps, {result['guided_steps']} of "
         f"them guided, {result['side']} x {result['side']} pixels, clips of {result['frames']} frames; "
         f"{result['threads']} threads, {result['clock']} time, load {result['load_before']:.1f} before",
-        f"{'':<18} {'context':>8} {'target':>8} {'cached s':>9} {'uncached s':>10} {'ratio':>6} {'difference':>10}",
+        f"{'':<18} {'context':>8} {'target':>8} {'cached s':>9} {'in layers':>9} {'uncached s':>10} {'in layers':>9} "
+        f"{'ratio p20':>9} {'p50':>6} {'p80':>6} {'difference':>10}",
     ]
     for name, found in result["cases"].items():
-        cached, uncached = (statistics.median(found[f"{way}_seconds"]) for way in ("cached", "uncached"))
+        ways = [(found[f"{way}_seconds"]["p50"], found[f"{way}_share_in_layers"]) for way in ("cached", "uncached")]
+        ratio = found["ratio"]
         lines.append(
-            f"{name:<18} {found['context_tokens']:8} {found['target_tokens']:8} {cached:9.2f} {uncached:10.2f} "
-            f"{found['ratio']:6.2f} {found['difference']:10.1e}"
+            f"{name:<18} {found['context_tokens']:8} {found['target_tokens']:8} {ways[0][0]:9.2f} {ways[0][1]:9.0%} "
+            f"{ways[1][0]:10.2f} {ways[1][1]:9.0%} {ratio['p20']:9.2f} {ratio['p50']:6.2f} {ratio['p80']:6.2f} "
+            f"{found['difference']:10.1e}"
         )
     return "\n".join(lines)

@@ -24,6 +24,7 @@ import torch
 from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, DataIdentity
 from megatron_lance.checkpoint.saver import Saver
 from megatron_lance.checkpoint.store import PendingWeights, TrainingState
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import ModelConfig, RunConfig, TrainingConfig
 from megatron_lance.data.synthetic import stage_samples
 from megatron_lance.objectives.losses import velocity_error, weighted_sum
@@ -58,7 +59,7 @@ def _batch(run: RunConfig, groups: parallel_groups.Groups) -> RankBatch:
     filled = FilledPack.random(pack, **sizes, seed=1)
     return rank_batch(
         pack,
-        Layout.build(pack, 1, 1, run.parallel.region_alignment),
+        Layout.build(pack, 1, 1, row_alignment(run)),
         filled.tokens,
         filled.visuals,
         filled.noise,

@@ -6,6 +6,7 @@ megatron-core's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
@@ -30,6 +31,8 @@ from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.clock import StepClock
 from megatron_lance.training.ema import WeightAverage
 from megatron_lance.training.gauges import Gauges
+
+logger = logging.getLogger(__name__)
 
 BUCKET_PARAMETERS = 40_000_000
 """Parameters whose gradients are reduced together under overlap.  megatron-core's own size grows with the number of
@@ -65,11 +68,13 @@ class Trainee:
         """The whole model for passes without gradients; a collective of replicas.
 
         Weights that an overlapped gather would bring during the next forward pass are fetched before, so afterwards
-        ranks may run passes that others do not.  Training goes on as if nothing had been.
+        ranks may run passes that others do not.  Linears compute in the precision of their weights, so FP8's history
+        of values sees nothing of it.  Training goes on as if nothing had been.
 
         Args:
             averaged: take the averaged weights meanwhile.
         """
+        fp8, self.config.fp8 = self.config.fp8, None
         for stage in self.stages:
             stage.eval()
         if averaged:
@@ -82,6 +87,7 @@ class Trainee:
             for chunk in self.chunks if gathers else ():
                 chunk.start_param_sync(force_sync=True)
             yield
+        self.config.fp8 = fp8
         for stage in self.stages:
             stage.train()
 
@@ -121,8 +127,22 @@ def _connect_schedule(
         config.no_sync_func = waits[0] if len(waits) == 1 else waits
 
 
+def optimizer_in_use(adam: type = Adam) -> str:
+    """Which Adam megatron-core has found, in its order of preference: TransformerEngine's, apex's, torch's.
+
+    Only NVIDIA's apex has the module amp_C; another package of that name on PyPI has no optimizer.
+
+    Args:
+        adam: the class that it took.
+    """
+    names = {"transformer_engine": "FusedAdam of TransformerEngine", "apex": "FusedAdam of apex"}
+    return names.get(adam.__module__.split(".")[0], "Adam of torch")
+
+
 def _optimizer(run: RunConfig, config: TransformerConfig, chunks: list[Any]) -> MegatronOptimizer:
     settings = run.optimizer
+    fusion = "added up by the linears" if config.gradient_accumulation_fusion else "added up by megatron-core"
+    logger.info("optimizer: %s; gradients of weights: %s", optimizer_in_use(), fusion)
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -186,7 +206,7 @@ def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSou
         tokenizer_size: ids the tokenizer uses.
         source: initial weights.
     """
-    config = transformer_config(run.model, run.parallel, run.training.precision)
+    config = transformer_config(run.model, run.parallel, run.training.precision, run.fp8)
     stages = build_stages(config, run.model, tokenizer_size, run.ops.mape)
     if isinstance(source, Checkpoint):
         load_model(source, stages)

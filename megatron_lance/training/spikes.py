@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class LossSpike(Exception):
@@ -39,6 +39,10 @@ class SpikeWatch:
         self.factor, self.steps = factor, steps
         self._usual: deque[float] = deque(maxlen=window)
         self._high: list[float] = []
+
+    def remember(self, losses: Iterable[float]) -> None:
+        """Take in losses of steps before this process, or before a rewind: what is usual is known from them."""
+        self._usual.extend(losses)
 
     def after(self, step: int, loss: float) -> None:
         """Take in a step whose loss is finite.

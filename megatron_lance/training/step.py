@@ -51,6 +51,22 @@ class LossSums:
     broken: int
     by_source: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: Sequence[float], counts: LossCounts) -> LossSums:
+        """What the values of `_own_values`, summed over all ranks, say.
+
+        Args:
+            values: 3 + 2 * (tasks + sources).
+            counts: that name the sources.
+        """
+        tasks, parts = len(TASKS), len(TASKS) + len(counts.by_source)
+        ce, velocity, *of_parts, broken = values
+        of_kind = {False: of_parts[:parts], True: of_parts[parts:]}  # by Task.is_generation
+        by_task = tuple(of_kind[task.is_generation][i] for i, task in enumerate(TASKS))
+        # a source has one task, so one of its two sums is zero
+        by_source = {name: of_kind[False][i] + of_kind[True][i] for i, name in enumerate(counts.by_source, tasks)}
+        return cls(ce, velocity, by_task, int(broken), by_source)
+
     def plus(self, other: LossSums) -> LossSums:
         """The sums of both."""
         by_task = tuple(a + b for a, b in zip(self.by_task, other.by_task, strict=True))
@@ -101,6 +117,31 @@ class StepLosses:
         )
 
 
+@dataclass(frozen=True)
+class OwnLosses:
+    """What one rank knows of a step's losses; nothing of it has left the device.
+
+    Attributes:
+        by_pack: float32 [2 + 2 * (tasks + sources)] of each micro-batch, see `_pack_loss`; on the last stage only.
+        values: float64 [3 + 2 * (tasks + sources)], what all ranks are to add up.
+        counts: loss rows of the global batch.
+        objective: loss weights.
+    """
+
+    by_pack: Sequence[torch.Tensor]
+    values: torch.Tensor
+    counts: LossCounts
+    objective: ObjectiveConfig
+
+    def total(self, values: torch.Tensor) -> StepLosses:
+        """The global batch's losses.
+
+        Args:
+            values: float64, those of all ranks added up, on the CPU.
+        """
+        return StepLosses.of(LossSums.of(values.tolist(), self.counts), self.counts, self.objective)
+
+
 def _pack_loss(
     outputs: HeadOutputs, *, batch: RankBatch, counts: LossCounts, objective: ObjectiveConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -129,9 +170,9 @@ def _forward_step(
     return model(batch), partial(_pack_loss, batch=batch, counts=counts, objective=objective)
 
 
-def _global_sums(sums: Sequence[torch.Tensor], counts: LossCounts, broken: int, groups: Groups) -> LossSums:
-    """Sum loss sums and broken segments over all ranks; the one point where the host waits for the device."""
-    tasks, parts = len(TASKS), len(TASKS) + len(counts.by_source)
+def _own_values(sums: Sequence[torch.Tensor], counts: LossCounts, broken: int, groups: Groups) -> torch.Tensor:
+    """Loss sums and broken segments of this rank, each counted on one of the ranks that know it."""
+    parts = len(TASKS) + len(counts.by_source)
     local = torch.zeros(3 + 2 * parts, dtype=torch.float64, device=groups.device)
     if sums:
         local[:-1] = torch.stack(list(sums)).sum(0)
@@ -140,13 +181,7 @@ def _global_sums(sums: Sequence[torch.Tensor], counts: LossCounts, broken: int, 
         local[2 : 2 + parts] = 0.0
     if groups.replica.rank() == 0:
         local[-1] = broken  # the same on all ranks of a replica; count it once
-    dist.all_reduce(local)
-    ce, velocity, *of_parts, all_broken = local.tolist()
-    of_kind = {False: of_parts[:parts], True: of_parts[parts:]}  # by Task.is_generation
-    by_task = tuple(of_kind[task.is_generation][i] for i, task in enumerate(TASKS))
-    # a source has one task, so one of its two sums is zero
-    by_source = {name: of_kind[False][i] + of_kind[True][i] for i, name in enumerate(counts.by_source, tasks)}
-    return LossSums(ce, velocity, by_task, int(all_broken), by_source)
+    return local
 
 
 def _schedule(
@@ -180,7 +215,7 @@ def forward_backward(
     groups: Groups,
     *,
     broken: int,
-) -> StepLosses:
+) -> OwnLosses:
     """Run a step's micro-batches; gradients end up reduced in the chunks' gradient buffers.
 
     Args:
@@ -192,14 +227,14 @@ def forward_backward(
         broken: visual segments of this replica's packs that could not be read.
 
     Returns:
-        the global batch's losses.
+        this rank's part of the losses; `update` makes them whole.
     """
     for chunk in trainee.chunks:
         chunk.zero_grad_buffer()
     trainee.optimizer.zero_grad()
     trainee.clock.begin()
     sums = _schedule(trainee, batches, counts, objective, groups, forward_only=False)
-    return StepLosses.of(_global_sums(sums, counts, broken, groups), counts, objective)
+    return OwnLosses(sums, _own_values(sums, counts, broken, groups), counts, objective)
 
 
 @torch.no_grad()
@@ -217,4 +252,6 @@ def forward(
     The model's weights must be whole, see `Trainee.at_rest`.
     """
     sums = _schedule(trainee, batches, counts, objective, groups, forward_only=True)
-    return _global_sums(sums, counts, broken, groups)
+    values = _own_values(sums, counts, broken, groups)
+    dist.all_reduce(values)
+    return LossSums.of(values.tolist(), counts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.model.transformer_config import DTYPES
 from megatron_lance.objectives.random_values import FilledPack
@@ -29,7 +30,7 @@ def micro_batches(packs: Sequence[FilledPack], run: RunConfig, groups: Groups) -
     return [
         rank_batch(
             packs[i].pack,
-            Layout.build(packs[i].pack, groups.cp, groups.tp, run.parallel.region_alignment),
+            Layout.build(packs[i].pack, groups.cp, groups.tp, row_alignment(run)),
             packs[i].tokens,
             packs[i].visuals,
             packs[i].noise,

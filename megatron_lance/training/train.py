@@ -17,6 +17,7 @@ from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import dump_yaml, load_config
 from megatron_lance.config.logs import set_up_logging
 from megatron_lance.config.validate import validate
+from megatron_lance.training.signals import StopRequest
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -44,13 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.print_config:
         sys.stdout.write(dump_yaml(config) if first_rank else "")
         return 0
-    from megatron_lance.training import run  # heavy: only once the configuration stands
-
     if options.dry_run:
+        from megatron_lance.training.run import describe  # heavy: only once the configuration stands
+
         if first_rank:
-            sys.stdout.write(run.describe(config, world_size) + "\n")
+            sys.stdout.write(describe(config, world_size) + "\n")
         return 0
-    run.start(config)
+    with StopRequest(config.training.stop_after_minutes) as stop:  # from the begin: who is told early still saves
+        from megatron_lance.training.run import start
+
+        start(config, stop)
     return 0
 
 

@@ -49,12 +49,13 @@ def build(folder: Path, cuda_include: Path) -> Path:
         cuda_include: CUDA's headers.
     """
     include = [f"-I{HERE}", f"-I{SOURCES}", f"-I{cuda_include}"]
+    aligned = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a misaligned access ends the process
     objects = []
     for name in ("mape_fwd.cu", "mape_bwd.cu"):
         text = '#include "emulate.h"\n' + _host_source(name) + (ENTRIES if name == "mape_bwd.cu" else "")
         source = folder / f"{name}.cpp"
         source.write_text(text, encoding="utf-8")
-        objects.append(_compile(source, folder / f"{name}.o", *include))
+        objects.append(_compile(source, folder / f"{name}.o", *include, *aligned))
     bindings = (SOURCES / "bindings.cpp").read_text(encoding="utf-8")
     bindings = re.sub(r"(STABLE_TORCH_LIBRARY\w*\(megatron_lance)", r"\1_emulated", bindings)
     (folder / "bindings.cpp").write_text(bindings, encoding="utf-8")

@@ -8,6 +8,8 @@ are asked for,
     signal     the last rank sends itself SIGUSR1
     freeze     the last rank stops itself, as a machine that does not answer
     spike      targets are a thousand times too large, in this global batch and the next
+    spikes     the same from this global batch on
+    look       the last rank sends itself SIGUSR1 when held-out packs are first gone through
 
 Each rank writes <run_dir>_outcome/RANK.json: the error's name, message and exit code, or nothing.
 """
@@ -37,6 +39,7 @@ def injected(fault: str, at: int) -> Iterator[None]:
     import torch.distributed as dist
 
     from megatron_lance.training.feed import Feed, StepInputs
+    from megatron_lance.training.validation import Validation
 
     step = Feed.step
     signals = {"signal": signal.SIGUSR1, "freeze": signal.SIGSTOP}
@@ -46,12 +49,20 @@ def injected(fault: str, at: int) -> Iterator[None]:
             os.kill(os.getpid(), signals[fault])
         inputs = step(feed, number)
         size = feed.run.training.global_batch_size
-        if fault == "spike" and inputs.packs[0] // size + 1 in (at, at + 1):
+        batch = inputs.packs[0] // size + 1
+        if (fault == "spike" and batch in (at, at + 1)) or (fault == "spikes" and batch >= at):
             worse = [replace(batch, target=batch.target * 1000) for batch in inputs.batches]
             inputs = replace(inputs, batches=worse)
         return inputs
 
-    with patch.object(Feed, "step", faulty):
+    forward = Validation._forward
+
+    def signalled(validation: Validation, *arguments: Any) -> Any:
+        if fault == "look" and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(validation, *arguments)
+
+    with patch.object(Feed, "step", faulty), patch.object(Validation, "_forward", signalled):
         yield
 
 
@@ -61,12 +72,13 @@ def attempt(job: dict[str, Any]) -> None:
     from megatron.core import parallel_state
 
     from megatron_lance.training.run import train_run
+    from megatron_lance.training.signals import StopRequest
 
     run = load_config([job["config"]], job["overrides"])
     outcome: dict[str, Any] = {}
-    with injected(job["fault"], job["step"]):
+    with injected(job["fault"], job["step"]), StopRequest(run.training.stop_after_minutes) as stop:
         try:
-            train_run(run)
+            train_run(run, stop)
         except UserError as error:
             outcome = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
     parallel_state.destroy_model_parallel()

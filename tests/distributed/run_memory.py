@@ -25,10 +25,10 @@ from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parity.equivalence import all_tasks
 from megatron_lance.profiling.live_bytes import LiveBytes
 from megatron_lance.profiling.memory import PackLoad
-from megatron_lance.training.loop import update
 from megatron_lance.training.setup import Trainee, build
 from megatron_lance.training.step import forward_backward
 from megatron_lance.training.synthetic import micro_batches
+from megatron_lance.training.update import update
 
 TOKENIZER_SIZE = 300
 
@@ -70,8 +70,8 @@ def measure(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     batches = micro_batches(packs, run, groups)
     counts = LossCounts.of(p.pack for p in packs)
     with LiveBytes() as counter:
-        losses = forward_backward(trainee, batches, counts, run.objective, groups, broken=0)
-    update(trainee, losses)
+        of_rank = forward_backward(trainee, batches, counts, run.objective, groups, broken=0)
+    update(trainee, of_rank)
     own = {"pp_rank": groups.pp_rank, "peak": counter.peak, "load": asdict(PackLoad.of(batches)), **held(trainee)}
     found: list[Any] = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)

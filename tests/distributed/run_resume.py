@@ -24,9 +24,11 @@ from megatron_lance.config.schema import RunConfig
 def train(run: RunConfig) -> None:
     """Train, or write down why not."""
     from megatron_lance.training.run import train_run
+    from megatron_lance.training.signals import StopRequest
 
     try:
-        train_run(run)
+        with StopRequest(run.training.stop_after_minutes) as stop:
+            train_run(run, stop)
     except UserError as error:
         folder = Path(run.training.run_dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,10 +17,10 @@ from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parity.equivalence import CAPACITY, LAYOUTS, MODEL, TOKENIZER_SIZE, global_batches
 from megatron_lance.profiling.communication import CollectiveCounter
 from megatron_lance.profiling.step_traffic import step_transfers
-from megatron_lance.training.loop import update
 from megatron_lance.training.setup import build
 from megatron_lance.training.step import forward_backward
 from megatron_lance.training.synthetic import micro_batches
+from megatron_lance.training.update import update
 
 FOUR = ("tp2-pp2", "cp2-pp2", "dp4", "dp2-cp2", "pp2-vpp2-dp2", "tp2-cp2-full", "tp2-layernorm-mlp", "tp4", "pp4")
 DEGREES = {"pp2-vpp2-dp2": "pp2-vpp2-dp2-overlap"}
@@ -43,10 +43,10 @@ def count(name: str) -> dict[str, Any]:
     batches = micro_batches(packs, run, groups)
     counter = CollectiveCounter()
     with counter:
-        losses = forward_backward(
+        of_rank = forward_backward(
             trainee, batches, LossCounts.of(p.pack for p in packs), run.objective, groups, broken=0
         )
-        update(trainee, losses)
+        update(trainee, of_rank)
     world = dist.group.WORLD
     found = {
         "tp": counter.moved[parallel_state.get_tensor_model_parallel_group().group_name],

@@ -113,6 +113,7 @@ def attempt(job: dict[str, Any]) -> None:
     from megatron.core import parallel_state
 
     from megatron_lance.training.run import train_run
+    from megatron_lance.training.signals import StopRequest
 
     run = load_config([job["config"]], job["overrides"])
     if job["flip"] and dist.get_rank() == 0:
@@ -126,8 +127,9 @@ def attempt(job: dict[str, Any]) -> None:
             trouble(job["limit"], job["free"]),
             held(Path(run.training.run_dir) / "metrics.jsonl", job["hold"]),
             astray(job["sees"], job["kill"]),
+            StopRequest(run.training.stop_after_minutes) as stop,
         ):
-            train_run(run)
+            train_run(run, stop)
     except UserError as error:
         log.write(f"ERROR {error}")
     logging.getLogger().removeHandler(handler)

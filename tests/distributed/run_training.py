@@ -20,12 +20,14 @@ def main() -> None:
 
     from megatron_lance.parallel import groups as parallel_groups
     from megatron_lance.training.run import train_run
+    from megatron_lance.training.signals import StopRequest
 
     config, *trainings = sys.argv[1:]
     for overrides in trainings:
         run = load_config([config], overrides.split())
         validate(run, int(os.environ["WORLD_SIZE"]))
-        train_run(run)
+        with StopRequest(run.training.stop_after_minutes) as stop:
+            train_run(run, stop)
         parallel_state.destroy_model_parallel()
     parallel_groups.destroy()
 

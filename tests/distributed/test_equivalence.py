@@ -20,3 +20,9 @@ def test_a_few_layouts_agree_with_one_rank(tmp_path: Path) -> None:
         groups = {"und self_attn", "gen self_attn", "und mlp", "gen norms", "lm_head", "vae2llm", "time_embedder"}
         assert {"loss", "grad norm"} <= set(found) and (sharded or groups <= set(found))
         assert max(found.values()) <= 1e-5
+
+
+def test_gathered_keys_on_context_parallel_ranks_agree_with_one_rank() -> None:
+    """The plan of variable-length attention, computed by plain torch, where a rank has some of the queries."""
+    output = torchrun(2, "tools/check_equivalence.py", "--layout", "cp2", "--attention", "varlen_emulated")
+    assert [line.split()[:2] for line in output.splitlines() if line.startswith("ok")] == [["ok", "cp2"]]

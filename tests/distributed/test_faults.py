@@ -14,10 +14,11 @@ import pytest
 
 from megatron_lance.checkpoint.manifest import checkpoint_at
 from megatron_lance.config.errors import ExitCode
+from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.training.events import read_events
 from tests.distributed.launch import torchrun
 from tests.shared import REPOSITORY
-from tests.tiny import TinyRun
+from tests.tiny import TinyRun, with_validation
 
 pytestmark = pytest.mark.distributed
 
@@ -33,9 +34,14 @@ class Faults:
         self.folder, self.tiny = folder, tiny
         self.jobs: list[dict[str, Any]] = []
 
-    def add(self, name: str, *settings: str, fault: str = "", step: int = 0) -> None:
+    def add(self, name: str, *settings: str, fault: str = "", step: int = 0, config: Path | None = None) -> None:
         fixed = [f"training.run_dir={self.folder / name}", f"training.train_iters={STEPS}"]
-        job = {"config": str(self.tiny.config), "overrides": [*fixed, *settings], "fault": fault, "step": step}
+        job = {
+            "config": str(config or self.tiny.config),
+            "overrides": [*fixed, *settings],
+            "fault": fault,
+            "step": step,
+        }
         self.jobs.append(job)
 
     def plan(self) -> str:
@@ -67,6 +73,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Fault
     overlap = [f"parallel.{name}=true" for name in ("overlap_grad_reduce", "overlap_param_gather")]
     found.add("spike_overlap", *SPIKE, *overlap, fault="spike", step=5)
     found.add("spikes", *SPIKE, "training.max_rewinds=0", fault="spike", step=5)
+    found.add("spikes_on", *SPIKE, "training.max_rewinds=1", fault="spikes", step=5)
+    held = with_validation(tiny_run, found.folder / "held")
+    found.add("look", "validation.interval=3", fault="look", step=3, config=held.config)
     found.add("no_way_back", *SPIKE, "training.save_interval=0", fault="spike", step=5)
     found.add("slow", "training.straggler_factor=0.01", "training.straggler_interval=3")
     torchrun(2, SCRIPT, found.plan())
@@ -115,12 +124,25 @@ def test_a_rewound_run_is_the_run_that_goes_on_from_its_checkpoint(faults: Fault
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("spikes", "after 0 rewinds"), ("no_way_back", "no checkpoint is older than the spike")]
+    ("name", "why"),
+    [
+        ("spikes", "after 0 rewinds"),
+        ("spikes_on", "after 1 rewinds"),  # the losses after the rewind are held against those before it
+        ("no_way_back", "no checkpoint is older than the spike"),
+    ],
 )
 def test_spikes_without_a_way_back_end_the_run(faults: Faults, name: str, why: str) -> None:
     for outcome in faults.outcomes(name):
         assert outcome["exit_code"] == ExitCode.NON_FINITE
         assert outcome["message"].startswith("loss spike: loss ") and why in outcome["message"]
+
+
+def test_a_signal_during_validation_cuts_it_short_and_the_next_step_is_the_last(faults: Faults) -> None:
+    for outcome in faults.outcomes("look"):
+        assert "stopped by SIGUSR1 after step 4 of 7" in outcome["message"]
+    (line,) = (faults.folder / "look" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    planned = len(PackIndex.open(str(faults.folder / "held" / "held_out"), for_validation=True))
+    assert json.loads(line)["packs"] == 2 < planned  # one round of both ranks
 
 
 def test_slow_replicas_are_named_with_their_hosts(faults: Faults) -> None:

@@ -20,7 +20,7 @@ BF16, FULL = "training.precision=bf16", "parallel.recompute_granularity=full"
 SELECTIVE = "parallel.recompute_granularity=selective"
 MODULES = "parallel.recompute_modules=[core_attn,layernorm,mlp]"
 LAYOUTS = [
-    [f"{TP}=2"],
+    [f"{TP}=2", "model.ce_chunk_rows=16"],
     [f"{TP}=4", BF16],  # more ranks than key/value heads
     [f"{TP}=4", "model.num_query_groups=1", FULL],
     [f"{CP}=4", BF16],
@@ -31,7 +31,8 @@ LAYOUTS = [
     [f"{TP}=2", f"{PP}=2", f"{VPP}=2"],
     [f"{PP}=2", f"{FIRST}=1", "parallel.use_distributed_optimizer=false"],
     [f"{PP}=4", f"{FIRST}=1", f"{LAST}=1", "model.num_layers=6", SELECTIVE, "parallel.recompute_modules=[mlp]"],
-    [BF16],
+    [BF16, "model.ce_chunk_rows=16"],
+    [f"{CP}=2", BF16, "model.attention_backend=varlen_emulated"],
 ]
 COMMON = ["data.seq_length=2304", "model.hidden_size=128", "model.ffn_hidden_size=344", "training.global_batch_size=4"]
 

@@ -36,9 +36,9 @@ def test_synthetic_packs_on_two_ranks(tmp_path: Path, command: Commander) -> Non
         assert rank["parts"][EXPOSED] > 0  # sequence parallelism sends
         for part in ("linears und", "linears gen", "attention", "mape", "heads", "optimizer"):
             assert rank["parts"][part] > 0, part
-        assert rank["memory"]["activations"] == pytest.approx(rank["memory"]["activations by formula"], rel=0.5)
+        assert rank["memory"]["activations"] == pytest.approx(rank["memory"]["activations by formula"], rel=0.1)
         assert {"sequence parallel"} <= {transfer["name"] for transfer in rank["transfers"]}
         assert (tmp_path / f"rank{rank['rank']:05d}.json").stat().st_size > 0
-    assert "<svg" in (tmp_path / "profile.html").read_text()
+    assert (tmp_path / "profile.html").read_text().count("data:image/svg") == 4
     twice = command(f"profile_throughput compare {tmp_path}/profile.json {tmp_path}/profile.json", folder=tmp_path)
     assert twice.code == 0 and twice.out.count("1.00") > 8

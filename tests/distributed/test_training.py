@@ -183,7 +183,8 @@ def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one(tiny_run: TinyRun,
     lines, output = train(tiny_run.config, tmp_path / "run", 2, *overrides)
     assert [line["skipped"] for line in lines] == expected and expected[-2:] == [True, False]
     assert math.isfinite(lines[-1]["loss"]) and math.isfinite(lines[-1]["grad_norm"])
-    named = f"step {step + 1}: loss or gradients are not finite in packs ({2 * step}, {2 * step + 1})"
+    guilty = next(number for number in (2 * step, 2 * step + 1) if token in ids[number])
+    named = f"step {step + 1}: loss or gradients are not finite in packs {guilty}\n"
     assert output.count(named) == 2  # once per rank
 
 
@@ -194,5 +195,5 @@ def test_a_run_that_stays_not_finite_ends_with_4(tiny_run: TinyRun, tmp_path: Pa
     limit = "training.max_nonfinite_steps=2"
     lines, output = train(tiny_run.config, tmp_path / "run", 2, f"training.init_from={weights}", limit, exit_code=1)
     assert [line["skipped"] for line in lines] == [True, True]
-    assert re.search(r"train: rank \d: error: step 2: 2 steps in a row were not finite, .* packs \(2, 3\)", output)
+    assert re.search(r"train: rank \d: error: step 2: 2 steps in a row were not finite, .* packs 2, 3;", output)
     assert "exitcode  : 4" in output  # torchrun's report; it ends the other rank when one ended so

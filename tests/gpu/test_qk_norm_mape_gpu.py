@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_lance.ops.qk_norm_mape import join, qk_norm_mape, why_not_fused
-from tests.mape_cases import DTYPES, EPS, HEAD_DIMS, Case, Results, Values, check, values, with_gradients
+from megatron_lance.profiling.benchmarks.mape import Inputs
+from tests.mape_cases import DTYPES, EPS, HEAD_DIMS, Case, Results, check, check_slices, values, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 
 
-def fused(case: Case, tensors: Values) -> Results:
+def fused(case: Case, tensors: Inputs) -> Results:
     return with_gradients(case, tensors, "fused")
 
 
@@ -88,6 +89,11 @@ def test_two_regions_written_to_one_buffer_equal_one_call() -> None:
     query = join([q for q, _ in parts])
     assert query.data_ptr() == buffer.data_ptr()
     assert torch.equal(query, fused(case, tensors)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_may_be_slices_of_joint_buffers(dtype: torch.dtype) -> None:
+    check_slices(torch.ops.megatron_lance, Case(5, 24, dtype, heads=4, taken=2, offset=1, device="cuda"))
 
 
 def test_opcheck() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +23,8 @@ from megatron_lance.data.pack_index_format import PackIndexError
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.reading import StepRead, TaskReader
 from megatron_lance.data.shares import Task, rank_tasks
-from tests.fateful import FatefulReader, UnbornReader
+from tests.fateful import FatefulReader, NoRoomReader, UnbornReader
+from tests.shared import REPOSITORY
 from tests.tiny import TinyRun, jpeg
 
 BATCH = 2
@@ -78,12 +83,27 @@ def test_workers_give_the_same_bits_in_any_order_of_steps(data: Data, expected: 
     pids = reader.pids
     reader.close()
     assert len(set(pids)) == 2 and os.getpid() not in pids
+    assert_gone(pids)
+    assert (reader.restarts, reader.retries) == (0, 0)
+    assert len(set(resource.getrlimit(resource.RLIMIT_NOFILE))) == 1, "a tensor that waits is an open file"
+
+
+def assert_gone(pids: Sequence[int]) -> None:
+    """The processes end within half a minute."""
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             for _ in range(300):
                 os.kill(pid, 0)
                 time.sleep(0.1)
-    assert (reader.restarts, reader.retries) == (0, 0)
+
+
+def test_workers_end_with_a_rank_that_is_killed(tiny_run: TinyRun) -> None:
+    command = [sys.executable, "-m", "tests.killed_reader", str(tiny_run.folder)]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    assert_gone(pids)
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
@@ -129,6 +149,29 @@ def test_an_error_of_a_text_is_raised_as_it_is(tiny_run: TinyRun, tmp_path: Path
     (tmp_path / name).write_bytes(content.replace(b"Which colour has", b"WHICH COLOUR HAS"))  # as long, other tokens
     reader = Data(tiny_run, f"data.sources.2.path={tmp_path / name}").reader(AHEAD)
     with pytest.raises(PackIndexError, match=r"^record x2t_image\S+: now gives .* run tools/prepack.py --force$"):
+        for step in range(STEPS):
+            reader.step(step)
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", ["TextTask", "MediaTask"])
+def test_a_full_shared_memory_is_said(data: Data, tmp_path: Path, kind: str) -> None:
+    """No result gets lost on its way, for which a rank would wait for ever."""
+    reader = data.reader(AHEAD, NoRoomReader(kind))
+    with pytest.raises(
+        ReaderError, match=r"no room in shared memory \(No space left on device\); make /dev/shm larger"
+    ):
+        reader.step(0)
+    reader.close()
+
+
+def test_not_every_picture_is_given_up(data: Data, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where all end their workers it is not the pictures."""
+    monkeypatch.setattr("megatron_lance.data.background.LOST_IN_A_ROW", 2)
+    reader = data.reader(AHEAD, FatefulReader("die at all", b"", tmp_path / "mark"))
+    with pytest.raises(
+        ReaderError, match=r"data.workers = 2: worker processes ended over 2 pictures and clips in a row"
+    ):
         for step in range(STEPS):
             reader.step(step)
     reader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from megatron_lance.data.synthetic import stage_samples
 from megatron_lance.packing.sample import Task
 from megatron_lance.packing.step_balance import Samples
 from megatron_lance.profiling.benchmarks import packing, prepack, row_groups
+from tests.command import Commander
 from tests.tiny import write_tokenizer
 
 
@@ -48,6 +50,16 @@ def test_figures_of_packing() -> None:
     assert set(alike["share_deviation_over_random"]) == {"t2i", "t2v", "i2t", "v2t"}
     assert alike["worst_share_deviation"] == max(alike["share_deviation_over_random"].values())
     assert text.count("\n") == 4 and "greedy" in text
+
+
+def test_the_result_alone_as_json(command: Commander, tmp_path: Path) -> None:
+    done = command("bench packing --stage pt --dp 2 --micro-batches 2 --samples 800 --json", folder=tmp_path)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert (result["stage"], result["dp"], result["micro_batches"]) == ("pt", 2, 2) and result["command"].endswith(
+        "json"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_node_reads_a_row_group_again_only_when_it_left_its_cache() -> None:

@@ -28,6 +28,7 @@ from megatron_lance.checkpoint.manifest import (
     open_checkpoint,
     step_folder,
 )
+from megatron_lance.config.code_version import code_version
 from megatron_lance.config.loader import ConfigError, from_dict, load_config, to_dict
 from megatron_lance.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from tests.shared import REPOSITORY
@@ -69,6 +70,7 @@ def test_manifest_survives_the_disk(tmp_path: Path) -> None:
     found = open_checkpoint(write_checkpoint(run, 20)).manifest
     assert (found.step, found.world_size, found.data, found.broken_media) == (20, 1, DATA, BROKEN)
     assert from_dict(found.config, "checkpoint") == run
+    assert found.code_version == code_version()
     assert found.files == {"__0_0.distcp": 20 * len(TENSORS)}
     assert checkpoints_folder(run.training) / "step_00000020" == tmp_path / "checkpoints" / "step_00000020"
 

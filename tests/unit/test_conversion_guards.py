@@ -147,8 +147,9 @@ def test_weights_trained_otherwise_are_warned_of(imported: Path, caplog: pytest.
     for folder in (imported / "in", imported / "checkpoint"):
         assert with_rope_of(replace(MODEL, rope_inv_freq_dtype=None), folder) == MODEL
         assert [record for record in caplog.records if record.levelname == "WARNING"] == []
-        with_rope_of(replace(MODEL, mape="release"), folder)
+        with_rope_of(replace(MODEL, mape="release", rotary_base=3.0), folder)
         assert f"model.mape is release, but the weights of {folder} were trained with paper" in caplog.text
+        assert f"model.rotary_base is 3.0, but the weights of {folder} were trained with" in caplog.text
         caplog.clear()
     with pytest.raises(CheckpointError, match='rope_inv_freq_dtype = "fp16": must be float32 or bfloat16'):
         edit_config(imported / "in", rope_inv_freq_dtype="fp16")

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from megatron_lance.profiling.benchmarks import mape_registers
+from megatron_lance.profiling.benchmarks.mape import Inputs
 from tests.cuda_emulation.build import build
-from tests.mape_cases import DTYPES, EPS, Case, Results, Values, check
+from tests.mape_cases import DTYPES, EPS, Case, Results, check, check_slices, fenced
 
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc; none is on PATH")
@@ -26,7 +27,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.ops.load_library(str(build(tmp_path_factory.mktemp("emulated"), mape_registers.cuda_include())))
 
 
-def run(case: Case, tensors: Values) -> Results:
+def run(case: Case, tensors: Inputs) -> Results:
     ops = torch.ops.megatron_lance_emulated
     settings = (list(case.sections), case.taken, case.offset, EPS)
     before = torch.get_num_threads()
@@ -63,4 +64,12 @@ def test_emulated_error_is_at_most_twice_that_of_plain_torch(head_dim: int, dtyp
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 16, 35])
 def test_emulated_row_counts(rows: int) -> None:
-    check(Case(rows, 32, torch.bfloat16, groups=3, heads=5, taken=2, offset=2), run, seed=rows)
+    case = Case(rows, 32, torch.bfloat16, groups=3, heads=5, taken=2, offset=2)
+    check(case, lambda case, tensors: run(case, fenced(tensors)), seed=rows)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("head_dim", [24, 128])
+def test_emulated_outputs_may_be_slices_of_joint_buffers(head_dim: int) -> None:
+    case = Case(5, head_dim, torch.bfloat16, heads=4, taken=2, offset=1)
+    check_slices(torch.ops.megatron_lance_emulated, case)

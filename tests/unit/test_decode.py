@@ -245,6 +245,13 @@ def test_truncated_pictures_are_refused(format_: str) -> None:
             read(data[: len(data) // 2])
 
 
+def test_a_small_file_of_huge_frames_is_refused(monkeypatch: pytest.MonkeyPatch, vp9: bytes) -> None:
+    monkeypatch.setattr(media, "MAX_PIXELS", 96 * 64 - 1)
+    for use in (media.probe, lambda data: media.read_frames(data, (0,)), lambda data: media.cut_packets(data, (0,))):
+        with pytest.raises(MediaError, match="the video is of 96x64, more than 6143 pixels"):
+            use(vp9)
+
+
 def test_a_file_that_only_plays_other_files_is_refused() -> None:
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://localhost/a.ts\n#EXT-X-ENDLIST\n"
     with pytest.raises(MediaError, match="unreadable"):

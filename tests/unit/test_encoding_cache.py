@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +17,12 @@ from megatron_lance.config.schema import RunConfig
 from megatron_lance.data.decode import DecodeRequest, MediaReader, ReadMedia
 from megatron_lance.data.encoding_cache import CACHE_FILE, CacheError, CacheWriter, EncodingCache, cache_key
 from megatron_lance.data.loader import PackReader
-from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.pack_index import PackIndex, PlannedPack
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.reading import Encoded, StepRead, TaskReader
 from megatron_lance.data.shares import rank_tasks
 from megatron_lance.encoders.items import ItemEncoders
-from megatron_lance.encoders.offline import encode_index
+from megatron_lance.encoders.offline import _Packs, encode_index
 from megatron_lance.encoders.vae import build_vae
 from megatron_lance.encoders.vit import VitEncoder
 from tests.tiny import TinyRun
@@ -88,6 +90,31 @@ def test_encoding_again_does_nothing_and_goes_on_after_a_loss(run: RunConfig, tm
     assert len(EncodingCache(tmp_path / "cache")) == 12
 
 
+def test_writers_at_the_same_time_keep_what_both_wrote(tmp_path: Path) -> None:
+    writers = [CacheWriter(tmp_path, IDENTITY) for _ in range(2)]
+    for number, writer in enumerate(writers):
+        writer.add(f"key {number}", torch.full((2, 3), float(number)))
+    for writer in writers:
+        writer.close()
+    cache = EncodingCache(tmp_path)
+    assert [int(cache.get(f"key {number}").sum()) for number in range(2)] == [0, 6]  # type: ignore[union-attr]
+
+
+def test_what_reads_ahead_may_ask_for_a_pack_at_the_same_time(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = PackIndex.open(run.data.pack_index)
+    pack = index.pack
+
+    def slowly(number: int) -> PlannedPack:
+        time.sleep(0.2)
+        return pack(number)
+
+    monkeypatch.setattr(index, "pack", slowly)
+    packs = _Packs(index, rank=0, ranks=1)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(packs.tasks, (0, 0))
+    assert first and first == second
+
+
 def test_the_key_names_bytes_and_what_is_taken_of_them() -> None:
     request = DecodeRequest(b"clip", (0, 1), (64, 96), (64, 96), "vae")
     others = [
@@ -133,7 +160,7 @@ def test_a_cache_that_is_none_is_said(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"safetensors cannot be read .* delete it and run tools/encode_latents.py"):
         EncodingCache(tmp_path / "new")
     (tmp_path / "new" / CACHE_FILE).write_text(json.dumps({"version": 0, "identity": IDENTITY}))
-    with pytest.raises(CacheError, match="version 0, this program reads 1"):
+    with pytest.raises(CacheError, match="version 0, this program reads 2"):
         CacheWriter(tmp_path / "new", IDENTITY)
     (tmp_path / "new" / CACHE_FILE).write_text("{")
     with pytest.raises(CacheError, match="cache.json cannot be read"):

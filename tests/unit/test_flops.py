@@ -107,7 +107,9 @@ def test_speed() -> None:
 def test_devices() -> None:
     h200 = find_device("NVIDIA H200")
     assert h200 is not None and (h200.tflops, h200.memory_gib) == (989.4, 139.8)
-    assert find_device("x86_64") is None
+    assert find_device("NVIDIA H100 80GB HBM3") == find_device("h100") != find_device("GH200") == h200
+    for other in ("x86_64", "", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA RTX A1000", "NVIDIA H20"):
+        assert find_device(other) is None, other
     if not torch.cuda.is_available():
         assert peak_tflops("bf16") is None
 

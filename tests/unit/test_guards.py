@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_lance.config.errors import ExitCode
+from megatron_lance.config.errors import DataError, ExitCode, NonFiniteError
+from megatron_lance.config.schema import TrainingConfig
 from megatron_lance.data.position import LeftOut, batch_of, batches_before, gone_back
 from megatron_lance.training.events import EVENTS_FILE, EventLog, read_events
+from megatron_lance.training.guards import guarded
+from megatron_lance.training.loop import Skips, StepDone
 from megatron_lance.training.pulse import Pulse, StragglerWatch
 from megatron_lance.training.signals import StopReason, StopRequest
 from megatron_lance.training.spikes import LossSpike, SpikeWatch
@@ -72,6 +77,10 @@ def test_a_spike_is_several_high_losses_in_a_row() -> None:
         watch.after(9, 4.0)
     assert (spike.value.first, spike.value.last, spike.value.losses) == (8, 9, (3.0, 4.0))
     assert spike.value.usual == pytest.approx(1.1)
+    again = SpikeWatch(factor=2.0, steps=1, window=3)
+    again.remember([1.0, 1.2, 1.1, 1.3])  # after a rewind or a restart there is no window without a watch
+    with pytest.raises(LossSpike):
+        again.after(8, 3.0)
     off = SpikeWatch(factor=0.0, steps=1, window=1)
     for step in range(5):
         off.after(step, 10.0**step)
@@ -97,6 +106,30 @@ def test_events_are_lines_and_a_torn_one_is_left_out(tmp_path: Path) -> None:
         file.write('{"time": "20')
     (event,) = read_events(tmp_path)
     assert event["step"] == 3 and event["event"] == "checkpoint" and event["folder"] == "x"
+    EventLog(tmp_path, enabled=True).write(3, "started")  # does not go on in the torn line
+    EventLog(tmp_path, enabled=True).write(5, "ended")
+    assert [event["event"] for event in read_events(tmp_path)] == ["checkpoint", "started", "ended"]
+
+
+def test_an_event_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / EVENTS_FILE).mkdir()
+    EventLog(tmp_path, enabled=True).write(3, "ended", exit_code=2)
+    assert "cannot be written (Is a directory)" in caplog.text and "'exit_code': 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("past", "more"), [((), 3), ((1.0, None), 2), ((None, None), 1), ((None, 1.0), 3), ((1.0, None, None, 1.0), 3)]
+)
+def test_steps_left_out_in_a_row_are_counted_across_a_restart(
+    tmp_path: Path, past: tuple[float | None, ...], more: int
+) -> None:
+    skips = Skips(3, EventLog(tmp_path, enabled=True), past)
+    done = StepDone(SimpleNamespace(step=9, skipped=True), (), (4, 5))  # type: ignore[arg-type]
+    for _ in range(more - 1):
+        skips.after(done)
+    with pytest.raises(NonFiniteError, match=r"step 9: 3 steps in a row were not finite, the last with packs 4, 5;"):
+        skips.after(done)
+    assert read_events(tmp_path)[-1]["packs"] == [4, 5]
 
 
 HANGING = """
@@ -113,13 +146,45 @@ with Watchdog(Path(sys.argv[1]), seconds=0.5, rank=1, world_size=3) as watchdog:
 
 
 def test_the_watchdog_says_where_a_rank_stands_and_ends_it(tmp_path: Path) -> None:
+    reports = tmp_path / "hang"
+    reports.mkdir()
+    (reports / "rank_1.txt").write_text("of a process before this one\n", encoding="utf-8")
+    (reports / "rank_7.txt").write_text("of a larger world\n", encoding="utf-8")
     hung = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=50)
-    assert hung.returncode == ExitCode.HANG
+    assert hung.returncode == ExitCode.HANG, hung.stderr
     assert "hang: no progress for 0.5 s: rank 1 on " in hung.stderr and "at 'update' of step 12" in hung.stderr
     assert 'File "<string>", line 10 in <module>' in hung.stderr  # the stack of what hangs
     assert "hang: silent ranks: 0, 2" in hung.stderr
     (event,) = read_events(tmp_path)
-    assert event["event"] == "hang" and event["silent"] == [0, 2] and "'update' of step 12" in event["stations"][0]
+    assert event["event"] == "hang" and event["silent"] == [0, 2]
+    assert len(event["stations"]) == 1 and "'update' of step 12" in event["stations"][0]
+
+
+def test_the_watchdog_ends_a_rank_that_cannot_report(tmp_path: Path) -> None:
+    (tmp_path / "hang").symlink_to("nowhere")  # a disk that is full or gone
+    hung = subprocess.run([sys.executable, "-c", HANGING, str(tmp_path)], capture_output=True, text=True, timeout=50)
+    assert hung.returncode == ExitCode.HANG, hung.stderr
+    assert "at 'update' of step 12" in hung.stderr and "hang: no report to " in hung.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [(None, 0, "finished"), (DataError("x"), 3, "DataError"), (RuntimeError("peer gone"), 1, "RuntimeError")],
+)
+def test_how_a_run_ends_is_its_last_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, code: int, reason: str
+) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    settings = TrainingConfig(run_dir=str(tmp_path), hang_seconds=0.0)
+    events = EventLog(tmp_path, enabled=True)
+    with suppress(DataError, RuntimeError), StopRequest(0) as stop, guarded(settings, stop, events) as guards:
+        guards.watchdog.at("update", 4)
+        if error is not None:
+            raise error
+    (event,) = read_events(tmp_path)
+    assert (event["event"], event["step"], event["exit_code"], event["reason"]) == ("ended", 4, code, reason)
+    assert event.get("message") == (str(error) if error else None)
 
 
 @pytest.mark.parametrize(

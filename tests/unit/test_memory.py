@@ -9,7 +9,7 @@ from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.model.lance_model import build_stages
 from megatron_lance.model.transformer_config import transformer_config
-from megatron_lance.profiling.memory import layers_of_stages, memory_per_rank
+from megatron_lance.profiling.memory import layer_activation_bytes, layers_of_stages, memory_per_rank
 from tests.shared import REPOSITORY
 from tests.unit.tiny_model import one_rank
 
@@ -85,6 +85,22 @@ def test_activations_shrink_with_recompute_and_degrees() -> None:
     assert activations("parallel.recompute_granularity=null", "parallel.tensor_model_parallel_size=2", ranks=2) < kept
     assert activations("parallel.recompute_granularity=null", "parallel.context_parallel_size=2", ranks=2) < kept
     assert activations("data.seq_length=25000") < activations()
+
+
+def test_what_layers_keep_by_implementation() -> None:
+    """Lance-3B: of an MLP's values 5 w, 2 w + w or 2 w + 1 bytes; in FP8 weights beside it in two copies."""
+    rows, ffn = 50_008, 11_008
+
+    def kept(*overrides: str) -> int:
+        settings = ["parallel.recompute_granularity=null", "parallel.region_alignment=8", *overrides]
+        return layer_activation_bytes(configuration("lance_3b.yaml", *settings))
+
+    engine, fp8 = "model.transformer_impl=transformer_engine", "fp8.recipe=tensorwise"
+    local, bf16, eight = kept(), kept(engine), kept(engine, fp8, "parallel.region_alignment=16")
+    norms = 2 * 2048 * 4  # of each, bytes of 8 that are 4
+    assert local - bf16 == rows * (4 * ffn + norms)
+    weights = 2 * ((16 + 4) * 128 * 2048 + 2048 * 2048 + 3 * 2048 * ffn)
+    assert bf16 - (eight - 2 * weights) == pytest.approx(rows * (ffn + 2 * 2048 + 2048), rel=2e-3)  # eight rows more
 
 
 def test_a_line_names_every_part() -> None:

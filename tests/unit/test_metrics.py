@@ -23,6 +23,7 @@ def write(folder: Path, steps: range, loss: float, steps_done: int = 0, mfu: flo
                     grad_norm=1.0,
                     learning_rate=1e-3,
                     tokens_per_second=1.0,
+                    padded_tokens_per_second=2.0,
                     tflops=2.0,
                     mfu=mfu,
                     bagel_tflops=3.0,
@@ -76,6 +77,16 @@ def test_a_torn_line_is_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture
     write(tmp_path, range(3, 4), 2.0, steps_done=2)
     assert losses(tmp_path) == {1: 1.0, 2: 1.0, 3: 2.0}
     assert "dropped an incomplete line" in caplog.text
+
+
+def test_losses_of_the_last_steps_are_known_again(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 6), 1.0)
+    path = tmp_path / "metrics.jsonl"
+    *kept, last = path.read_text().splitlines()
+    path.write_text("\n".join([*kept, json.dumps({**json.loads(last), "skipped": True})]) + "\n")
+    for done, losses_then in ((5, [1.0, None]), (4, [1.0, 1.0])):
+        with MetricsWriter(tmp_path, True, done) as writer:
+            assert writer.losses(2) == losses_then
 
 
 def test_utilisation_stands_where_the_peak_is_known(tmp_path: Path) -> None:

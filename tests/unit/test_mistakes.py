@@ -95,6 +95,13 @@ def _write_prompts(folder: Path) -> None:
     prompts = folder / "wrong" / "prompts.jsonl"
     prompts.write_text('{"task": "t2i", "caption": "a"}\n{"task": "t2i", "text": "b"}\n', encoding="utf-8")
     (folder / "wrong" / "twice.jsonl").write_text('{"prompt": "a"}\n' * 2, encoding="utf-8")
+    for name, lines in {
+        "misspelt": '{"task": "t2i", "caption": "a", "szie": "64x64"}\n',
+        "turns": '{"task": "i_edit", "caption": "a", "image": "twice.jsonl", "turns": "make it red"}\n',
+        "no_source": '{"task": "t2i", "caption": "a", "size": "64x64"}\n{"task": "i_edit", "caption": "a"}\n',
+        "prompts_good": '{"task": "t2i", "caption": "a"}\n',
+    }.items():
+        (folder / "wrong" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "wrong" / "no_picture.jsonl").write_text(
         '{"task": "i_edit", "instruction": "a", "image": "cut_short.parquet"}\n', encoding="utf-8"
     )

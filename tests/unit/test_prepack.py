@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +15,9 @@ from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import DataConfig, ModelConfig, SourceConfig
 from megatron_lance.data import collect, facts, pack_index, pack_index_format
 from megatron_lance.data.loader import PackReader
@@ -109,6 +114,56 @@ def test_a_new_shard_costs_itself_and_a_changed_one_too(config: DataConfig, prob
     assert len(probed) == 3
 
 
+def test_what_could_not_be_read_is_looked_at_again(
+    config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row is not lost to all later plans because storage failed while it was probed; one whose file is gone is."""
+    folder = tmp_path / "data" / "references"
+    write_table(folder / "a.parquet", {"caption": ["x", "y", "z"], "image_bytes": ["a.jpg", "b.jpg", "gone.jpg"]})
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(jpeg("red"))
+    sources = (SourceConfig("references", str(folder), "t2i", raw_bytes_input=False),)
+    cat_file = LocalFileSystem.cat_file
+
+    def failing(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        if path.endswith("b.jpg"):
+            raise OSError(errno.EIO, "Input/output error")
+        return cat_file(self, path, *args, **kwargs)
+
+    with monkeypatch.context() as failure:
+        failure.setattr("megatron_lance.data.remote.FIRST_WAIT", 0.001)
+        failure.setattr(LocalFileSystem, "cat_file", failing)
+        assert plan(config, sources=sources).counts["unusable"] == 2
+    assert plan(config, sources=sources).counts["unusable"] == 1
+    monkeypatch.setattr(facts, "row_facts", None)  # and then never again
+    assert plan(config, sources=sources, seq_length=480).counts["unusable"] == 1
+
+
+def test_a_shard_without_rows_is_passed_over(config: DataConfig, tmp_path: Path) -> None:
+    expected = rows_of(plan(config))
+    columns = {name: values[:0] for name, values in tables()["text2image"].items()}
+    write_table(tmp_path / "data" / "text2image" / "empty.parquet", columns)
+    assert rows_of(plan(config)) == expected
+
+
+def test_what_a_killed_process_left_is_no_hindrance(config: DataConfig, tmp_path: Path) -> None:
+    (tmp_path / f".index.partial-{os.getpid()}").mkdir()
+    assert len(plan(config))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PackIndexError, match=r"pack_index '\S+/file/index': cannot be written \(Not a dir"):
+        plan(config, pack_index=str(tmp_path / "file" / "index"), facts=str(tmp_path / "facts"))
+    with pytest.raises(UserError, match=r"data.facts '\S+/file/facts': cannot be written \(Not a directory\)"):
+        plan(config, facts=str(tmp_path / "file" / "facts"))
+
+
+def test_a_copy_is_of_the_same_index_or_none(config: DataConfig) -> None:
+    copy = pickle.dumps(plan(config))
+    assert rows_of(pickle.loads(copy)) == rows_of(plan(config))
+    plan(config, epochs=2)
+    with pytest.raises(PackIndexError, match=r"has hash \w+, the run began with \w+; it was written anew: start"):
+        pickle.loads(copy)
+
+
 def test_a_damaged_facts_file_is_made_again(config: DataConfig, probed: list[int], tmp_path: Path) -> None:
     index = plan(config)
     victim = sorted((tmp_path / "index.facts").iterdir())[0]
@@ -158,8 +213,19 @@ def test_held_out_rows_are_never_trained_on(config: DataConfig, tmp_path: Path) 
     shutil.copy(tmp_path / "data" / "text2image" / "a.parquet", tmp_path / "data" / "text2image" / "b.parquet")
     more = plan(config, validation_fraction=0.3, held_out=True, pack_index=str(tmp_path / "more"))
     assert [row for row in rows_of(more) if row[1] == "a.parquet"] == rows_of(validation)
-    held = sum(is_held_out(f"source/file/{row}", 0.1) for row in range(20_000))
+    held = sum(is_held_out("file", row, 0.1) for row in range(20_000))
     assert held / 20_000 == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_row_that_two_sources_share_is_held_out_of_both(config: DataConfig, tmp_path: Path) -> None:
+    """The public text2video files serve t2v and i2v."""
+    clips = next(source for source in config.sources if source.task in ("t2v", "i2v"))
+    write_table(Path(clips.path) / "b.parquet", tables()["text2video"])
+    both = replace(config, sources=(replace(clips, name="x", task="t2v"), replace(clips, name="y", task="i2v")))
+    training = plan(both, validation_fraction=0.5)
+    validation = plan(both, validation_fraction=0.5, held_out=True, pack_index=str(tmp_path / "validation"))
+    trained, held = ({row[1:] for row in rows_of(index)} for index in (training, validation))
+    assert trained and held and not trained & held
 
 
 def test_validation_rows_cannot_be_trained_on_by_mistake(config: DataConfig) -> None:

@@ -12,13 +12,27 @@ import torch
 from megatron_lance.ops import qk_norm_mape as module
 from megatron_lance.ops.mape import inverse_frequencies
 from megatron_lance.ops.qk_norm_mape import FusedUnavailable, choose_backend, join, qk_norm_mape, why_not_fused
-from tests.mape_cases import DTYPES, EPS, HEAD_DIMS, NAMES, Case, Results, Values, check, truth, values, with_gradients
+from megatron_lance.profiling.benchmarks.mape import Inputs
+from tests.mape_cases import (
+    DTYPES,
+    EPS,
+    HEAD_DIMS,
+    NAMES,
+    Case,
+    Results,
+    check,
+    check_slices,
+    fenced,
+    truth,
+    values,
+    with_gradients,
+)
 
 CPU = torch.device("cpu")
 fused_only = pytest.mark.skipif(bool(module._NOT_LOADED), reason=module._NOT_LOADED or "built")
 
 
-def fused(case: Case, tensors: Values) -> Results:
+def fused(case: Case, tensors: Inputs) -> Results:
     return with_gradients(case, tensors, "fused")
 
 
@@ -26,7 +40,7 @@ def fused(case: Case, tensors: Values) -> Results:
 @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 33, 130])
 @fused_only
 def test_error_is_at_most_twice_that_of_plain_torch(rows: int, dtype: torch.dtype) -> None:
-    check(Case(rows, dtype=dtype), fused, seed=rows)
+    check(Case(rows, dtype=dtype), lambda case, tensors: fused(case, fenced(tensors)), seed=rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,6 +105,41 @@ def test_the_result_does_not_depend_on_threads_or_repetition() -> None:
         torch.set_num_threads(before)
     for first, second, third in zip(*runs, strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@fused_only
+def test_outputs_may_be_slices_of_joint_buffers(dtype: torch.dtype) -> None:
+    check_slices(torch.ops.megatron_lance, Case(5, 24, dtype, heads=4, taken=2, offset=1))
+
+
+@pytest.mark.parametrize("into", [False, True])
+@fused_only
+def test_gradients_of_what_is_asked_for_only(into: bool) -> None:
+    """A frozen projection and key weight, and nothing behind k and v."""
+    case = Case(9, 16)
+    tensors = values(case)
+    gradients: list[torch.Tensor] = []
+    for backend in ("reference", "fused"):
+        weight = tensors.query_weight.clone().requires_grad_()
+        arguments = (*tensors.inputs[:3], weight, tensors.key_weight)
+        out = torch.empty_like(tensors.d_query) if into else None
+        query, _ = qk_norm_mape(*arguments, sections=case.sections, eps=EPS, backend=backend, out=out)
+        gradients += torch.autograd.grad(query, weight, tensors.d_query)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("into", [False, True])
+@fused_only
+def test_a_second_derivative_is_refused(into: bool) -> None:
+    case = Case(4, 16)
+    tensors = values(case)
+    qkv = tensors.qkv.clone().requires_grad_()
+    out = torch.empty_like(tensors.d_query) if into else None
+    query, _ = qk_norm_mape(qkv, *tensors.inputs[1:], sections=case.sections, eps=EPS, backend="fused", out=out)
+    (gradient,) = torch.autograd.grad(query.sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="the fused op has no second derivative; use the reference"):
+        gradient.sum().backward()
 
 
 @fused_only
@@ -215,7 +264,9 @@ def test_contradictions_are_refused(changes: dict[str, object], message: str) ->
         (3, torch.zeros(264), "head_dim 264"),
         (4, torch.zeros(16).half(), "key_weight must have the type"),
         (5, [8, 8, -8], "three sections that sum to 8"),
-        (6, 4, "query heads 0 to 4 of 3"),
+        (5, [2**63 - 1, 2**63 - 1, 10], "three sections that sum to 8"),
+        (6, 4, "4 query heads from 0 on, but a group has 3"),
+        (7, 2**63 - 1, f"3 query heads from {2**63 - 1} on, but a group has 3"),
     ],
 )
 @fused_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -97,6 +98,28 @@ def test_folder_glob_and_url_list_the_same_files(tmp_path: Path) -> None:
         assert [f.name for f in rows.files] == ["b.parquet", "sub/a.parquet"]
         assert rows.files[0].size == (tmp_path / "b.parquet").stat().st_size
         assert rows.record("sub/a.parquet", 0).inputs == ("sub/a.parquet",)
+
+
+def test_links_are_followed_and_names_may_hold_anything(tmp_path: Path) -> None:
+    """As in the cache of a hub, whose snapshots are links to blobs."""
+    names = ("a b.parquet", "größe [v2]?.parquet")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "set [1]*").mkdir()
+    for name in names:
+        pq.write_table(pa.table({"caption": [name], "image_bytes": [png("red")]}), tmp_path / "blobs" / name)
+        (tmp_path / "set [1]*" / name).symlink_to(tmp_path / "blobs" / name)
+    for folder in ("blobs", "set [1]*"):
+        rows = reader(tmp_path / folder, "t2i")
+        assert tuple(f.name for f in rows.files) == names
+        assert [rows.record(name, 0).inputs for name in names] == [(name,) for name in names]
+        assert [f.size for f in rows.files] == [(tmp_path / "blobs" / name).stat().st_size for name in names]
+        assert rows.files == reader(tmp_path / folder, "t2i").files
+    stamps = [f.stamp for f in rows.files]
+    os.utime(tmp_path / "blobs" / names[0], (1, 1))
+    assert [f.stamp for f in reader(tmp_path / "set [1]*", "t2i").files] == ["mtime 1.0", stamps[1]]
+    (tmp_path / "blobs" / names[0]).unlink()
+    with pytest.raises(DataSetError, match=r"cannot be listed .*No such file"):
+        reader(tmp_path / "set [1]*", "t2i")
 
 
 def test_media_by_path_and_url(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -110,5 +112,35 @@ def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits == [0.5, 1.0, 2.0, 4.0]
 
 
-def test_errors_of_this_machines_files_last() -> None:
+def test_errors_of_this_machines_files_last_but_for_those_of_a_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert is_local(LocalFileSystem()) and not is_local(Moody())
+    pq.write_table(pa.table({"caption": ["a cat"], "image_bytes": ["cat.png"]}), tmp_path / "a.parquet")
+    (tmp_path / "cat.png").write_bytes(b"pixels")
+    rows = RecordReader(SourceConfig("pets", str(tmp_path), "t2i", raw_bytes_input=False))
+    errors = [OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EIO, "Input/output error")]
+    cat_file = LocalFileSystem.cat_file
+
+    def stale(self: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return cat_file(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", stale)
+    assert rows.media("a.parquet", 0, "image_bytes") == b"pixels" and rows.retries == 2
+    errors += [OSError(errno.EINVAL, "Invalid argument")]
+    with pytest.raises(RecordError, match="Invalid argument"):
+        rows.media("a.parquet", 0, "image_bytes")
+    assert rows.retries == 2
+
+
+def test_processes_may_share_a_copy_on_a_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"caption": ["a", "b"], "image_bytes": [b"1", b"2"]}), tmp_path / "a.parquet")
+    # What FSSPEC_FILECACHE_CACHE_STORAGE=FOLDER in the environment sets.
+    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copy")})
+    source = SourceConfig("a", f"filecache::file://{tmp_path}/a.parquet", "t2i")
+    reader, later = RecordReader(source), RecordReader(source)
+    assert reader.media("a.parquet", 1, "image_bytes") == b"2"
+    (tmp_path / "a.parquet").unlink()
+    assert later.media("a.parquet", 0, "image_bytes") == b"1"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lance.data.shares import share_out
+from megatron_lance.data.pack_index import PackIndex
+from megatron_lance.data.shares import packs_of_replica, share_out
+from tests.tiny import TinyRun
 
 COSTS = st.lists(st.integers(0, 1000), max_size=40)
 RANKS = st.integers(1, 8)
@@ -45,3 +49,13 @@ def test_the_order_of_jobs_does_not_change_the_balance(costs: list[int], ranks: 
 def test_the_most_expensive_jobs_are_kept_apart() -> None:
     assert share_out([1, 8, 1, 8, 1], 2) == [0, 0, 1, 1, 0]
     assert share_out([], 3) == []
+
+
+def test_replicas_get_packs_of_the_same_work_not_of_the_same_mask(tiny_run: TinyRun) -> None:
+    """A pack of many tokens and few mask pairs is costly too."""
+    pack = PackIndex.open(tiny_run.load().data.pack_index).pack(0)
+    values = ((1, 8), (2, 1), (3, 7), (4, 2))
+    packs = [replace(pack, number=n, mask_pairs=pairs, cost=cost) for n, (pairs, cost) in enumerate(values)]
+    dealt = [packs_of_replica(packs, 2, replica) for replica in range(2)]
+    assert sorted(sum(packs[n].cost for n in part) for part in dealt) == [9, 9]
+    assert sorted(n for part in dealt for n in part) == [0, 1, 2, 3]

@@ -8,26 +8,24 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from megatron_lance.config.errors import UserError
-from megatron_lance.training.charts import Chart, svg, thinned
+from megatron_lance.profiling.charts import svg
 from megatron_lance.training.events import EventLog
 from megatron_lance.training.metrics import MetricsWriter
 from megatron_lance.training.report import Record, charts, page, read_run
 from tests.command import Commander
-
-pytest.importorskip("matplotlib", reason="the page's curves are drawn by matplotlib, the extra `report`")
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
     """A line of metrics.jsonl, of the fields that a page reads."""
     usual = {
         **{"step": step, "loss": 1.0 / step, "ce_loss": 2.0, "velocity_loss": 0.5, "grad_norm": 5.0},
-        **{"learning_rate": 1e-3, "tokens_per_second": 100.0 + step, "mfu": None, "fill": 0.9, "step_seconds": 2.0},
+        **{"learning_rate": 1e-3, "tokens_per_second": 100.0 + step, "padded_tokens_per_second": 120.0 + step},
+        **{"mfu": None, "fill": 0.9, "step_seconds": 2.0},
         **{"data_seconds": 0.1, "save_stall_seconds": 0.0, "broken": 0, "skipped": False, "memory_bytes": 2**30},
         **{"loss_by_task": {"t2i": 0.25}, "loss_by_source": {"pictures": 0.125}},
         **{"grad_norm_by_expert": {"und": 3.0, "gen": 4.0, "shared": 0.0}, "tokens_seen": {"text": 10 * step}},
@@ -108,7 +106,7 @@ def test_a_page_is_whole_and_says_what_happened(run_dir: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!data:|#)", text) and "http" not in re.sub(r"base64,[^\"]*", "", text)
     words = " ".join(reader.words)
     for part in (
-        *("a <run>", "5; the last ended: finished (exit code 0)", "1 at step 1, 0.2 at the last", "text 50"),
+        *("a <run>", "5; finished (exit code 0)", "1 at step 1, 0.2 at the last", "text 50"),
         *("103 real tokens/s", "Stopped", "stopped by SIGTERM", "packs [4, 5]", "seed: 5"),
         *("00 t2i a <red> circle", "<b>red</b>", "step 2", "step 4"),
     ):
@@ -117,6 +115,13 @@ def test_a_page_is_whole_and_says_what_happened(run_dir: Path) -> None:
         assert f"<td>{name}</td><td>{value}</td>" in text
     pictures = [decoded(source) for source in reader.sources if "image/png" in source]
     assert len(pictures) == 2 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_a_run_that_was_started_again_has_not_ended(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EventLog(run_dir, enabled=True).write(5, "started", ranks=2)
+    monkeypatch.chdir(run_dir)
+    text = page([read_run(Path())])
+    assert "<td>5; running, or killed</td>" in text and '<h1 id="a &lt;run&gt;">' in text
 
 
 def test_every_curve_is_drawn(run_dir: Path) -> None:
@@ -134,32 +139,13 @@ def test_every_curve_is_drawn(run_dir: Path) -> None:
         ("validation loss by task", ["t2i"]),
         ("tokens seen by kind", ["text"]),
         ("learning rate", ["learning_rate"]),
-        ("speed", ["tokens_per_second"]),
+        ("speed", ["tokens_per_second", "padded_tokens_per_second"]),
         ("where the time of a step goes", ["step_seconds", "data_seconds", "save_stall_seconds"]),
     ):
         assert list(found[title].series) == names
     assert "use of the devices' peak" not in found  # it is not known
     for chart in found.values():
         assert chart.title in decoded(svg(chart)).decode()
-
-
-def test_a_chart_is_an_svg_with_its_names_and_marks() -> None:
-    chart = Chart("speed", "tokens/s", {"here": ([1, 2, 3], [1.0, 2.0, 1.0]), "there": ([1, 2], [0.5, 0.1])})
-    plain, marked = (decoded(svg(chart, marks)) for marks in ((), [(2, "skipped", "tab:red")]))
-    assert ElementTree.fromstring(plain).tag.endswith("svg")
-    for part in ("speed (tokens/s)", "here", "there", "step"):
-        assert part in plain.decode()
-    red = "#d62728"
-    assert red in marked.decode() and red not in plain.decode()
-    assert decoded(svg(chart)) == plain  # the same numbers give the same file
-
-
-def test_long_curves_are_thinned_to_means_and_ranges() -> None:
-    steps, values = list(range(1000)), [float(i % 10) for i in range(1000)]
-    curve = thinned(steps, values, points=100)
-    assert curve.shape == (4, 100)
-    assert curve[:, 0].tolist() == [4.5, 4.5, 0.0, 9.0] and curve[0, -1] == 994.5
-    assert thinned(steps[:3], values[:3], points=100).tolist() == [[0, 1, 2]] * 4
 
 
 def test_several_runs_on_one_page(run_dir: Path, command: Commander, tmp_path: Path) -> None:

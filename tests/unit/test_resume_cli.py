@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,14 @@ def test_a_checkpoint_is_written_again_in_another_kind(command: Commander, train
     assert losses[0] == losses[1] and len(losses[0]) == 3  # the third shows what the second's update made of the state
 
 
-def test_progress_bar_stands_for_log_lines(command: Commander, train: str, tmp_path: Path) -> None:
-    shown = command(f"{train} training.train_iters=1 training.progress=true", folder=tmp_path)
+def test_progress_bar_stands_for_log_lines_on_a_terminal(
+    command: Commander, train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = f"{train} training.train_iters=1 training.progress=true"
+    elsewhere = command(f"{wanted} training.run_dir=elsewhere", folder=tmp_path)
+    assert "step 1/1" in elsewhere.err and "train: 100%" not in elsewhere.err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = command(wanted, folder=tmp_path)
     assert shown.code == 0, shown.err
     assert "train: 100%" in shown.err and "1/1" in shown.err and "loss=" in shown.err
     assert "step 1/1" not in shown.err and "saved run/checkpoints/step_00000001" in shown.err

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from megatron_lance.config.loader import load_config
-from megatron_lance.data.decode import MediaDecoder
+from megatron_lance.data.decode import DecodeRequest, MediaDecoder
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.encoders.vae import build_vae
 from megatron_lance.encoders.vit import VitEncoder
@@ -28,8 +28,8 @@ from megatron_lance.sampling.flow_sampler import (
     without_caption,
     without_conditions,
 )
-from megatron_lance.sampling.media import contact_sheet, to_frames, write_mp4, write_png
-from megatron_lance.sampling.requests import Prompt, PromptError, RequestBuilder
+from megatron_lance.sampling.media import contact_sheet, shown_frames, to_frames, write_mp4, write_png
+from megatron_lance.sampling.requests import Prompt, PromptError, PromptPlanner, RequestBuilder
 from megatron_lance.sampling.text_decoder import DecoderSettings, Question, choose
 from tests.command import Commander
 from tests.tiny import TinyRun, jpeg, mp4
@@ -184,7 +184,8 @@ def builder(tiny_run: TinyRun) -> RequestBuilder:
     run = load_config([str(tiny_run.config)], [])
     vit = VitEncoder.build(run.encoders, run.model.hidden_size, 1)
     vae = build_vae(run.encoders, run.model.latent_channels, 1)
-    return RequestBuilder(run.data, Tokenizer(run.data.tokenizer), MediaDecoder("host", 1), vit, vae)
+    planner = PromptPlanner(run.data, Tokenizer(run.data.tokenizer))
+    return RequestBuilder(planner, MediaDecoder("host", 1), vit, vae)
 
 
 def kinds(request: Request | Question) -> list[str]:
@@ -192,15 +193,15 @@ def kinds(request: Request | Question) -> list[str]:
 
 
 def test_requests_follow_the_chat_template(builder: RequestBuilder) -> None:
-    prompts = builder.data.prompts
+    prompts = builder.planner.data.prompts
     picture = builder.request(Prompt("p", Task.T2I, "a red car", size=(32, 48)))
     clip = builder.request(Prompt("c", Task.T2V, "a red car", size=(32, 48), frames=5))
     assert picture.target_grid == (1, 2, 3) and clip.target_grid == (2, 2, 3)
     for request, system in ((picture, prompts.generation_image_inference), (clip, prompts.generation)):
-        text = builder.tokenizer.decode(request.token_ids.tolist())
+        text = builder.planner.tokenizer.decode(request.token_ids.tolist())
         assert text.startswith(f"<|im_start|>system\n{system.replace('{v}', 'video')}<|im_end|>\n<|im_start|>user\n")
         start, stop = request.sample.caption_span or (0, 0)
-        assert builder.tokenizer.decode(request.token_ids[start:stop].tolist()) == "a red car"
+        assert builder.planner.tokenizer.decode(request.token_ids[start:stop].tolist()) == "a red car"
         assert request.sample.length == len(request.token_ids)
 
 
@@ -224,10 +225,39 @@ def test_requests_of_every_conditioned_task(builder: RequestBuilder) -> None:
     assert frames[0].any() and not frames[1].any() and frames[2].any() and not torch.equal(frames[0], frames[2])
 
 
+def test_frame_conditions_are_encoded_as_training_has_them(builder: RequestBuilder) -> None:
+    """Of a clip that stands still both conditions are the latent frames of the whole clip."""
+    red = jpeg("red")
+    both = builder.request(Prompt("g", Task.I2V, "it stands still", (red, red), (32, 32), 9))
+    request = DecodeRequest(red, (0,), (32, 32), (32, 32), "vae")
+    (picture,) = builder.decoder([request])
+    assert isinstance(picture, torch.Tensor)
+    clip = builder.vae.encode(picture.repeat(1, 9, 1, 1)).reshape(3, -1)
+    rows = both.clean.reshape(3, -1)
+    torch.testing.assert_close(rows[0], clip[0])
+    torch.testing.assert_close(rows[2], clip[2])
+    assert not torch.allclose(clip[2], builder.vae.encode(picture).flatten(), atol=1e-2)
+
+
+def test_one_request_may_be_given_twice() -> None:
+    """The same request with two noises is two samples."""
+    request = edit_request()
+    noise = initial_noise([request], CHANNELS, 1) + initial_noise([request], CHANNELS, 2)
+
+    def velocity(requests: Sequence[Request], xs: Sequence[torch.Tensor], t: float) -> list[torch.Tensor]:
+        return [torch.sin(x) for x in xs]
+
+    settings = SamplerSettings(steps=2, visual_scale=2.0)
+    together = sample([request, request], noise, velocity, settings)
+    alone = [sample([request], [one], velocity, settings)[0] for one in noise]
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(together[0], together[1])
+
+
 def test_questions_end_where_the_answer_begins(builder: RequestBuilder) -> None:
     for task, media, blocks in ((Task.I2T, (jpeg("red"),), 1), (Task.V2T, (mp4("red"),), 1), (Task.T2T, (), 0)):
         question = builder.question(Prompt("q", task, "Which colour?", media))
-        text = builder.tokenizer.decode(question.token_ids.tolist())
+        text = builder.planner.tokenizer.decode(question.token_ids.tolist())
         assert text.endswith("Which colour?<|im_end|>\n<|im_start|>assistant\n")
         assert len(kinds(question)) == blocks and question.sample.length == len(question.token_ids)
 
@@ -240,7 +270,7 @@ def test_questions_end_where_the_answer_begins(builder: RequestBuilder) -> None:
         (Prompt("x", Task.T2V, "a"), "needs a size and a number of frames"),
         (Prompt("x", Task.I2V, "a", (), (32, 32), 9), "has 0 media; i2v takes the first frame"),
         (Prompt("x", Task.I2V, "a", (jpeg("red"),), (32, 32), 1), "leave none to generate"),
-        (Prompt("x", Task.I_EDIT, "a", (b"no picture",)), "medium 0"),
+        (Prompt("x", Task.I_EDIT, "a", (b"no picture",)), "x: medium 1 of 1"),
     ],
 )
 def test_prompts_that_do_not_fit_their_task(builder: RequestBuilder, prompt: Prompt, message: str) -> None:
@@ -250,13 +280,14 @@ def test_prompts_that_do_not_fit_their_task(builder: RequestBuilder, prompt: Pro
 
 def test_tokens_are_chosen_greedily_or_from_the_likeliest() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0, float("-inf"), 1.0])
-    assert choose(logits, DecoderSettings(), "a", 0) == 1
-    drawn = [choose(logits, DecoderSettings(top_p=0.8), "a", n) for n in range(200)]
+    assert choose(logits, DecoderSettings(), 0, "a", 0) == 1
+    drawn = [choose(logits, DecoderSettings(top_p=0.8), 0, "a", n) for n in range(200)]
     assert set(drawn) == {1, 2}, "0.64 + 0.24 of the mass"
-    assert drawn == [choose(logits, DecoderSettings(top_p=0.8), "a", n) for n in range(200)]
-    assert drawn != [choose(logits, DecoderSettings(top_p=0.8), "b", n) for n in range(200)]
+    assert drawn == [choose(logits, DecoderSettings(top_p=0.8), 0, "a", n) for n in range(200)]
+    assert drawn != [choose(logits, DecoderSettings(top_p=0.8), 0, "b", n) for n in range(200)]
+    assert drawn != [choose(logits, DecoderSettings(top_p=0.8), 1, "a", n) for n in range(200)]
     assert 0.6 < drawn.count(1) / 200 < 0.85
-    everything = {choose(logits, DecoderSettings(top_p=1.0, temperature=3.0), "a", n) for n in range(300)}
+    everything = {choose(logits, DecoderSettings(top_p=1.0, temperature=3.0), 0, "a", n) for n in range(300)}
     assert everything == {0, 1, 2, 4}
     with pytest.raises(ValueError, match="top_p 1.5"):
         DecoderSettings(top_p=1.5)
@@ -275,8 +306,20 @@ def test_files_keep_pixels_and_prompt(tmp_path: Path) -> None:
         assert container.metadata["comment"] == "a car"
         decoded = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     assert len(decoded) == 9 and np.abs(decoded[4].astype(int) - frames[4]).mean() < 6
-    sheet = contact_sheet([(frames, "a long caption that has to be wrapped"), (frames[:1], "short")], columns=2)
+    shown = [shown_frames(tmp_path / name) for name in ("a.mp4", "a.png")]
+    assert [len(s) for s in shown] == [3, 1]
+    sheet = contact_sheet([(shown[0], "a long caption that has to be wrapped"), (shown[1], "short")], columns=2)
     assert sheet.width == 2 * (3 * 32 + 8) and sheet.height > 32 + 12
+
+
+def test_a_contact_sheet_stays_small(tmp_path: Path) -> None:
+    """Large pictures are reduced, and of a clip no more than three frames are kept."""
+    write_mp4(tmp_path / "a.mp4", np.zeros((17, 480, 848, 3), np.uint8), 12.0, "x")
+    frames = shown_frames(tmp_path / "a.mp4")
+    assert frames.shape == (3, 145, 256, 3)
+    words = "\u4e00" * 300  # no spaces to break at
+    sheet = contact_sheet([(frames, words)], columns=8)
+    assert sheet.width == 3 * 256 + 8 and sheet.height > 145 + 2 * 12
 
 
 @pytest.fixture

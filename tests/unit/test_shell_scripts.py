@@ -70,19 +70,24 @@ def _fake(folder: Path, name: str, body: str) -> None:
 
 
 def test_a_chain_makes_each_stage_wait_for_the_one_before(tmp_path: Path) -> None:
-    """With an sbatch that numbers what it is given."""
-    _fake(tmp_path, "sbatch", f'echo "$CONFIG $*" >> {tmp_path}/jobs; wc -l < {tmp_path}/jobs')
+    """With an sbatch that numbers what it is given; each stage has the layout that was planned for it."""
+    _fake(tmp_path, "sbatch", f'echo "$CONFIG $LAYOUT $*" >> {tmp_path}/jobs; wc -l < {tmp_path}/jobs')
     chain = subprocess.run(
         ["bash", "examples/slurm/chain.sh", "--nodes=2"],
         cwd=REPOSITORY,
-        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "STAGES": "pt_480p ct1"},
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "STAGES": "pt_480p ct1", "MEMORY": "80gb"},
         capture_output=True,
         text=True,
         check=True,
     )
     assert chain.stdout.splitlines() == ["pt_480p: job 2 after 1", "ct1: job 4 after 2:3"]
     jobs = (tmp_path / "jobs").read_text(encoding="utf-8").splitlines()
-    pt, ct = (f"examples/configs/lance_3b_{name}.yaml" for name in ("pt_480p", "ct1"))
+    configs = Path("examples", "configs")
+    pt, ct = (
+        f"{configs / 'lance_3b_'}{name}.yaml {configs / 'layouts' / layout}.yaml"
+        for name, layout in (("pt_480p", "pt_80gb"), ("ct1", "later_80gb"))
+    )
+    assert all((REPOSITORY / path).is_file() for path in f"{pt} {ct}".split())
     train = "--kill-on-invalid-dep=yes --nodes=2 examples/slurm/many_nodes.sbatch"
     assert jobs == [
         f"{pt} --parsable --job-name=packs-pt_480p examples/slurm/prepack.sbatch",
@@ -93,7 +98,8 @@ def test_a_chain_makes_each_stage_wait_for_the_one_before(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(6, 0, True), (5, 3, True), (6, 20, False), (0, 0, False), (2, 0, False)]
+    ("code", "restarts", "requeued"),
+    [(6, 0, True), (5, 3, True), (137, 0, True), (6, 20, False), (0, 0, False), (2, 0, False), (4, 0, False)],
 )
 def test_a_stopped_job_goes_back_into_the_queue(tmp_path: Path, code: int, restarts: int, requeued: bool) -> None:
     """With an srun that ends with a code, and an scontrol that notes what it is told."""

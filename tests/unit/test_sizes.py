@@ -178,9 +178,10 @@ def test_impossible_pictures_and_resolutions_are_refused() -> None:
         (vae_size, 640, (480, 848), (16, 9), (480, 848)),
         (vae_size, 640, (), (21, 9), (416, 976)),
         (vae_size, 256, (192, 848), (21, 9), (192, 336)),
-        (vit_size, 616, (448, 812), (21, 9), (448, 812)),
-        (vit_size, 616, (449, 812), (16, 9), (504, 700)),  # the cropped size counts, not the bucket 464x832
-        (vit_size, 224, (168, 812), (16, 9), (168, 252)),
+        (vit_size, 616, (462, 826), (21, 9), (448, 812)),  # bucket 464x832, in whole patches 462x826
+        (vit_size, 616, (463, 826), (16, 9), (504, 700)),
+        (vit_size, 616, (462, 825), (16, 9), (504, 700)),
+        (vit_size, 224, (168, 826), (16, 9), (168, 252)),
     ],
 )
 def test_sides_leave_out_buckets(

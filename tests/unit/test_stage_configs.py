@@ -15,7 +15,6 @@ import yaml
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
-from megatron_lance.data.sizes import VIT_STRIDE
 from tests.shared import REPOSITORY
 
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -123,7 +122,7 @@ def test_a_stage_has_the_numbers_of_its_recipe(name: str) -> None:
     assert (data.seq_length, data.max_sample_length) == (recipe.tokens_per_rank, recipe.max_context)
     assert (data.vae_resolution, data.vit_resolution) == RESOLUTIONS[FILES[name][1]]
     assert data.vae_sides == recipe.generation_size
-    assert data.vit_sides == tuple(side // VIT_STRIDE * VIT_STRIDE for side in recipe.understanding_size)
+    assert data.vit_sides == recipe.understanding_size
     assert (data.dropout_scheme, data.caption_dropout, data.condition_dropout) == (
         "paper",
         recipe.text_dropped,
@@ -134,6 +133,7 @@ def test_a_stage_has_the_numbers_of_its_recipe(name: str) -> None:
     packs = recipe.tokens_seen / recipe.steps / recipe.tokens_per_rank
     assert training.global_batch_size == pytest.approx(packs, rel=0.15)
     assert training.precision == "bf16" and training.freeze == ()
+    assert (run.preview.scale, run.preview.height, run.preview.width) == (4.0, 768, 768)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -167,6 +167,8 @@ def test_a_stage_is_valid(name: str, ranks: int) -> None:
 
 
 def layout_file(stage: str, devices: int, memory: str) -> str:
+    if (stage, devices, memory) == ("sft", 128, "80GB"):
+        return "sft_80gb_128"
     kind = f"{'pt' if stage == 'pt' else 'later'}_{memory.lower()}"
     return f"{kind}_8" if devices == 8 and memory == "80GB" else kind
 

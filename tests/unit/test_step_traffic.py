@@ -30,3 +30,4 @@ def test_ranks_of_a_node_share_what_comes_from_outside() -> None:
 def test_a_send_goes_to_one_neighbour() -> None:
     assert LINKS.seconds(transfer(4, 2, "pp", calls=3)) == pytest.approx(1e9 / 400e9 + 3e-5)
     assert LINKS.seconds(transfer(4, 8, "pp", calls=3)) == pytest.approx(1e9 / 40e9 + 9e-5)
+    assert LINKS.seconds(transfer(4, 4, "pp")) == LINKS.seconds(transfer(4, 8, "pp")), "the second send leaves the node"

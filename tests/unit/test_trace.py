@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_lance.profiling.trace import EXPOSED, IDLE, PREFIX, length, marked, overlap, part, read_trace, union
+from megatron_lance.profiling.trace import EXPOSED, IDLE, PREFIX, WAIT, length, marked, overlap, part, read_trace, union
 from tests.unit.tiny_model import batch_of, build, forward_backward, mixed_pack, one_rank, values_of
 
 
@@ -66,6 +66,21 @@ def test_kernels_of_a_device_count_instead_of_their_launches() -> None:
     found = read_trace({"traceEvents": [*STEP, *kernels]}, "step")
     assert found.parts["attention"] == pytest.approx(6) and found.parts["other"] == 0
     assert found.parts[EXPOSED] == pytest.approx(3) and found.parts[IDLE] == pytest.approx(11)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_waiting_for_data_is_its_whole_range_but_for_what_else_happens(kernel: bool) -> None:
+    """Two seconds in which nothing runs, one of a copy and one beside the encoders; kernels hide none of it."""
+    reading = [
+        event(PREFIX + WAIT, 14, 19, "user_annotation"),
+        event("aten::copy_", 15, 16),
+        event(PREFIX + "encoders", 17, 19, "user_annotation"),
+        event("aten::conv3d", 17, 18),
+    ]
+    kernels = [{**event("conv", 17, 18, "kernel", id=77), "tid": 9}, {**event("gemm", 4, 9, "kernel", id=5), "tid": 9}]
+    found = read_trace({"traceEvents": [*STEP, *reading, *(kernels if kernel else [])]}, "step")
+    assert found.parts[WAIT] == pytest.approx(4) and sum(found.parts.values()) == pytest.approx(20)
+    assert found.parts["other" if kernel else "encoders"] == pytest.approx(1)
 
 
 def test_a_trace_without_the_step_is_refused() -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from megatron_lance.checkpoint.manifest import checkpoint_at
+from megatron_lance.config.errors import ExitCode
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.validate import validate
 from megatron_lance.data.pack_index import PackIndex
@@ -107,3 +114,19 @@ def test_usage_errors(command: Commander) -> None:
         done = command(line)
         assert done.code == 2
         assert message in done.err
+
+
+def test_a_signal_while_a_run_starts_is_remembered(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """It comes before torch is imported, let alone a step done; the run still saves, and ends with the code of it."""
+    settings = [f"training.run_dir={tmp_path / 'run'}", "training.train_iters=9"]
+    command = [sys.executable, "-W", "ignore", "-m", "megatron_lance.training.train", "--config", str(tiny_run.config)]
+    run = subprocess.Popen([*command, *settings], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{run.pid}/status")
+    caught = 1 << (signal.SIGTERM - 1)
+    while run.poll() is None and not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) & caught:
+        time.sleep(0.01)
+    run.terminate()
+    _, said = run.communicate(timeout=200)
+    assert run.returncode == ExitCode.STOPPED, said
+    assert "stopped by SIGTERM after step 1 of 9, which is saved" in said
+    assert checkpoint_at(tmp_path / "run").manifest.step == 1

@@ -13,8 +13,9 @@ from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.prepack import is_held_out
 from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.packing.sample import Task
+from megatron_lance.training.watchdog import Watchdog
 from tests.command import Commander
-from tests.tiny import PROMPTS, TinyRun, with_validation
+from tests.tiny import PROMPTS, TinyRun, make_tiny_run, tables, with_validation
 
 OF_TRAINING = ("loss", "ce_loss", "velocity_loss", "loss_by_task", "grad_norm", "learning_rate")
 OF_VALIDATION = ("loss", "ce_loss", "velocity_loss", "loss_by_task", "packs", "broken")
@@ -43,8 +44,8 @@ def test_the_rows_are_those_training_never_sees(held: TinyRun) -> None:
     run = held.load()
     for folder, expected in ((run.data.pack_index, False), (run.validation.pack_index, True)):
         index = PackIndex.open(folder)
-        ids = {row.sample.sample_id for number in range(len(index)) for row in index.pack(number).rows}
-        assert ids and {is_held_out(name, 0.5) for name in ids} == {expected}
+        rows = {(row.file, row.row) for number in range(len(index)) for row in index.pack(number).rows}
+        assert rows and {is_held_out(*row, 0.5) for row in rows} == {expected}
 
 
 def test_training_is_bit_identical_with_and_without(
@@ -116,8 +117,8 @@ def test_no_pack_is_begun_once_the_time_is_up(command: Commander, train: str, he
     assert [line["packs"] for line in read(tmp_path / "run", "validation")] == [1]
     (preview,) = read(tmp_path / "run", "preview")
     assert (preview["samples"], preview["prompts"]) == (3, len(PROMPTS)), "one batch"
-    assert "validation.max_seconds 1e-09: over after 1 of " in done.err
-    assert f"preview.max_seconds 1e-09: over after 3 of {len(PROMPTS)} prompts" in done.err
+    assert "validation: ended by validation.max_seconds 1e-09 or a stop after 1 of " in done.err
+    assert f"preview: ended by preview.max_seconds 1e-09 or a stop after 3 of {len(PROMPTS)} prompts" in done.err
 
 
 def test_fewer_packs_than_there_are(command: Commander, train: str, tmp_path: Path) -> None:
@@ -166,3 +167,47 @@ def test_the_average_is_what_is_exported(command: Commander, train: str, tmp_pat
         assert done.code == 0, done.err
     found, again = (read(tmp_path / name, "validation") for name in ("run", "again"))
     assert only(found, OF_VALIDATION) == only(again, OF_VALIDATION)
+
+
+def test_means_are_of_the_samples_that_could_be_read(command: Commander, tmp_path: Path) -> None:
+    """A picture that has become unreadable is said, and lowers no mean."""
+    made = make_tiny_run(tmp_path / "tiny")
+    held = with_validation(made, tmp_path / "held")
+    index = PackIndex.open(held.load().validation.pack_index)
+    samples = [sample for number in range(len(index)) for sample in index.pack(number).pack.samples]
+    first = next(sample for sample in samples if sample.task is Task.T2I)
+    lost = [sample for sample in samples if sample.sample_id == first.sample_id]  # one in each epoch
+    path = made.folder / "data" / "text2image.parquet"
+    picture = tables()["text2image"]["image_bytes"][int(first.sample_id.split("/")[-1])]
+    assert isinstance(picture, bytes)
+    path.write_bytes(path.read_bytes().replace(picture, bytes(len(picture))))
+    line = f"train --config {held.config} training.precision=float32 training.train_iters=2 optimizer.lr=0"
+    done = command(f"{line} training.run_dir=run", folder=tmp_path)
+    assert done.code == 0, done.err
+    (found,) = read(tmp_path / "run", "validation")
+    assert found["broken"] == len(lost) and f"{len(lost)} pictures or clips could not be read" in done.err
+    whole = LossCounts.of(index.pack(number).pack for number in range(len(index)))
+    rows = dict(zip(map(str, Task), whole.by_task, strict=True))
+    lost_rows = sum(sample.velocity_rows for sample in lost)
+    rows["t2i"] -= lost_rows
+    sums = sum(found["loss_by_task"].get(task, 0.0) * rows[task] for task in ("t2i", "t2v"))
+    assert found["velocity_loss"] == pytest.approx(sums / (whole.velocity - lost_rows), rel=1e-6)
+
+
+def test_a_preview_tells_the_watchdog_of_every_pass(
+    command: Commander, train: str, held: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch of large clips may take longer than training.hang_seconds allows; a pass of the model may not."""
+    told: list[str] = []
+    tell = Watchdog.at
+
+    def at(watchdog: Watchdog, station: str, step: int) -> None:
+        told.append(station)
+        tell(watchdog, station, step)
+
+    monkeypatch.setattr(Watchdog, "at", at)
+    (tmp_path / "list.jsonl").write_text('{"task": "t2i", "caption": "a"}', encoding="utf-8")
+    line = f"{train} training.train_iters=1 training.run_dir=run preview.prompts=list.jsonl preview.steps=7"
+    done = command(f"{line} validation.pack_index='' preview.scale=1", folder=tmp_path)
+    assert done.code == 0, done.err
+    assert told.count("preview") == 7 + 1, "the context's and one of each step"

@@ -35,6 +35,7 @@ TINY = ModelConfig(
     latent_channels=4,
     latent_position_frames=3,
     latent_position_size=4,
+    attention_backend="sdpa",  # on a GPU too: no trial, the same bits each time
 )
 TOKENIZER_SIZE = 50
 OBJECTIVE = ObjectiveConfig()
@@ -65,7 +66,7 @@ def build(
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in stage.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return stage
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +22,13 @@ from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.ops.mape import inverse_frequencies
 from megatron_lance.ops.qk_norm_mape import qk_norm_mape, why_not_fused
+from megatron_lance.profiling.benchmarks.timing import here, percentiles, run_times
 
 SUMMARY = "QK-norm + MaPE rotation, fused op against plain torch, torch.compile and TransformerEngine"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = ModelConfig()  # 16 query heads, 2 key/value heads of 128 channels
 CONTENDERS = ("fused", "eager", "compile", "transformer_engine")
 PHASES = ("forward", "backward", "both")
-_FLUSH_BYTES = 256 << 20  # written between two runs on a GPU, so that nothing is found in its cache
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call's tensors; QKV and weights require gradients."""
+    """One call's tensors, and gradients of what it gives."""
 
     qkv: torch.Tensor
     positions: torch.Tensor
@@ -84,6 +83,11 @@ class Inputs:
     key_weight: torch.Tensor
     d_query: torch.Tensor
     d_key_value: torch.Tensor
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """The op's tensors."""
+        return self.qkv, self.positions, self.inv_freq, self.query_weight, self.key_weight
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -112,11 +116,7 @@ class Inputs:
 
 def _op(x: Inputs, shape: Shape, backend: str) -> tuple[torch.Tensor, ...]:
     return qk_norm_mape(
-        x.qkv,
-        x.positions,
-        x.inv_freq,
-        x.query_weight,
-        x.key_weight,
+        *x.inputs,
         sections=MODEL.mrope_section,
         eps=MODEL.layernorm_epsilon,
         backend=backend,
@@ -162,31 +162,9 @@ def _contenders(x: Inputs, shape: Shape, wanted: list[str], absent: dict[str, st
             yield name, Contender(partial(_op, x, shape, "reference" if name == "eager" else "fused"), x.leaves)
 
 
-def _times(body: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Milliseconds of each run; CUDA events on a GPU, whose cache is overwritten before each."""
-    for _ in range(3):
-        body()
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            body()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    for start_event, end_event in pairs:
-        flush.zero_()
-        start_event.record()
-        body()
-        end_event.record()
-    torch.cuda.synchronize(device)
-    return [start_event.elapsed_time(end_event) for start_event, end_event in pairs]
-
-
 def _figures(times: list[float], moved: int) -> dict[str, float]:
-    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "gb_per_s": moved / p50 / 1e6}
+    found = percentiles(times)
+    return {**found, "gb_per_s": moved / found["p50_ms"] / 1e6}
 
 
 def _measure(contender: Contender, x: Inputs, moved: dict[str, int], repeats: int) -> dict[str, dict[str, float]]:
@@ -207,7 +185,7 @@ def _measure(contender: Contender, x: Inputs, moved: dict[str, int], repeats: in
 
     bodies = {"forward": forward, "backward": backward, "both": both}
     return {
-        phase: _figures(_times(body, repeats, x.qkv.device), moved[phase]) for phase, body in bodies.items()
+        phase: _figures(run_times(body, repeats, x.qkv.device), moved[phase]) for phase, body in bodies.items()
     }  # fmt: skip
 
 
@@ -215,7 +193,7 @@ def _copy_bandwidth(moved: int, repeats: int, device: torch.device) -> float:
     """GB/s, read and written, of a copy that moves as many bytes."""
     source = torch.ones(moved // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    return _figures(_times(lambda: target.copy_(source), repeats, device), 2 * source.numel())["gb_per_s"]
+    return _figures(run_times(lambda: target.copy_(source), repeats, device), 2 * source.numel())["gb_per_s"]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,7 +206,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             f"--rows {args.rows} --tp {args.tp} --repeats {args.repeats}: positive, and tp divides 16 heads"
         )
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = here()
     dtype, measured = DTYPES[args.dtype], []
     absent: dict[str, str] = {}
     for tp, rows in tqdm([(tp, rows) for tp in args.tp for rows in args.rows], desc="sizes", leave=False):

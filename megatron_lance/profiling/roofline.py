@@ -1,0 +1,78 @@
+"""How near a measured step is to what its matrix products and its attention allow by themselves.
+
+Station: a profile and the attention benchmark of the same machine -> [roofline] -> tools/gpu_check.py.  The roofline is
+the time of the model's linears at the rate of products of their sizes plus that of the attention at the rate of the
+fastest backend; norms, activations, optimizer and the host are what it leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_lance.profiling.benchmarks.ceilings import layer_shapes
+
+LINEARS = ("linears und", "linears gen")
+OTHER_PRODUCTS = ("embedder", "heads")
+ATTENTION_WORK = 3.5  # forward and backward over forward, as the benchmark counts
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Of one step.
+
+    Attributes:
+        linears_seconds: of both experts' linears.
+        other_seconds: of the heads and the embedder, in bf16.
+        attention_seconds: forward and backward.
+        step_seconds: as measured, median.
+    """
+
+    linears_seconds: float
+    other_seconds: float
+    attention_seconds: float
+    step_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """The roofline."""
+        return self.linears_seconds + self.other_seconds + self.attention_seconds
+
+    @property
+    def share(self) -> float:
+        """Of the roofline's speed that the step reaches."""
+        return self.seconds / self.step_seconds
+
+
+def linears_tflops(rates: Mapping[str, float]) -> float:
+    """Rate of a layer's four products one after another, from the rate of each."""
+    flops = {name: inputs * outputs for name, (_, inputs, outputs) in layer_shapes(1).items() if name != "square"}
+    return sum(flops.values()) / sum(work / rates[name] for name, work in flops.items())
+
+
+def roofline(profile: Mapping[str, Any], measured: Mapping[str, Any], length: int, fp8: bool) -> Roofline:
+    """The roofline of a profile of one device.
+
+    Args:
+        profile: of tools/profile_throughput.py, one rank.
+        measured: of `tools/bench.py attention`, on the same machine.
+        length: the budget of tokens, which names the benchmark's case of a Lance pack.
+        fp8: whether the linears computed in FP8.
+
+    Raises:
+        ValueError: if the benchmark lacks the case or the rates.
+    """
+    cases = [case for case in measured["cases"] if (case["case"], case["length"]) == ("lance", length)]
+    products = measured["ceilings"]["tflops"]
+    kind = "float8_e4m3fn" if fp8 else "bfloat16"
+    if not cases or not cases[0]["backends"] or kind not in products:
+        raise ValueError(f"the benchmark has no Lance pack of {length} tokens or no products in {kind}")
+    attention = max(found["both"]["tflops"] for found in cases[0]["backends"].values())
+    flops = {name: sum(parts.values()) for name, parts in profile["flops"].items()}
+    return Roofline(
+        linears_seconds=sum(flops[name] for name in LINEARS) / linears_tflops(products[kind]) / 1e12,
+        other_seconds=sum(flops[name] for name in OTHER_PRODUCTS) / linears_tflops(products["bfloat16"]) / 1e12,
+        attention_seconds=ATTENTION_WORK * profile["flops"]["attention"]["forward"] / attention / 1e12,
+        step_seconds=profile["step_seconds"]["p50"],
+    )

@@ -1,0 +1,80 @@
+"""The benchmark of attention and ceilings: what it counts and says; not how fast anything is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lance.config.errors import UserError
+from megatron_lance.ops.attention import BACKENDS
+from megatron_lance.profiling.benchmarks import attention
+from megatron_lance.profiling.benchmarks.ceilings import layer_shapes, why_not_fp8
+from tests.command import Commander
+
+
+def arguments(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_plans_of_the_cases() -> None:
+    full, causal, lance = (attention.plan_of(case, 512, "ct3") for case in attention.CASES)
+    assert (full.mask_pairs, causal.mask_pairs) == (512 * 512, 512 * 513 // 2)
+    assert 0.8 * 512 < lance.length <= 512 and {piece.causal for piece in lance.slices} == {True, False}
+
+
+def test_a_run_counts_allowed_pairs_and_says_what_is_absent() -> None:
+    options = arguments("--lengths", "128", "--cases", "causal", "lance", "--dtype", "float32", "--repeats", "2")
+    options.only = ["varlen_te", "varlen_emulated", "sdpa"]
+    result = attention.run(options)
+    assert result["absent"] == {"varlen_te": "needs a GPU"} and result["heads"] == [16, 2, 128]
+    assert [case["case"] for case in result["cases"]] == ["causal", "lance"]
+    for case in result["cases"]:
+        assert set(case["backends"]["varlen_emulated"]) == set(attention.PHASES)
+        assert set(case["backends"]["sdpa"]) == {"forward", "backward", "both"} and not case["failed"]
+        for phase, flops in (("forward", 4), ("backward", 10), ("both", 14)):
+            figures = case["backends"]["sdpa"][phase]
+            assert figures["p20_ms"] <= figures["p50_ms"] <= figures["p80_ms"]
+            assert figures["tflops"] == pytest.approx(flops * case["pairs"] * 16 * 128 / figures["p50_ms"] / 1e9)
+    assert result["ceilings"]["copy_gb_per_s"] > 0
+    assert set(result["ceilings"]["tflops"]["bfloat16"]) == set(layer_shapes(8))
+    lines = attention.table(result).split("\n")
+    assert sum(line.startswith(("causal", "lance")) for line in lines) == 4
+    assert "varlen_te: not measured, needs a GPU" in lines and "float8_e4m3fn: not measured, needs a GPU" in lines
+
+
+def test_a_backend_that_fails_is_named_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*inputs: object) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(BACKENDS, "dense", replace(BACKENDS["sdpa"], attend=fails))
+    options = arguments("--lengths", "64", "--cases", "full", "--dtype", "float32", "--repeats", "1")
+    options.only = ["dense", "sdpa"]
+    (case,) = attention.run(options)["cases"]
+    assert case["failed"] == {"dense": "RuntimeError: out of memory"} and set(case["backends"]) == {"sdpa"}
+
+
+def test_shapes_of_a_layer() -> None:
+    shapes = layer_shapes(10)
+    assert shapes["qkv"] == (10, 2048, 2560) and shapes["fc1"] == (10, 2048, 22016)
+    assert shapes["proj"] == (10, 2048, 2048) and shapes["fc2"] == (10, 11008, 2048)
+    assert why_not_fp8(torch.device("cpu")) == "needs a GPU"
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--lengths \[0\]"):
+        attention.run(arguments("--lengths", "0"))
+
+
+def test_the_command_writes_one_json_object(command: Commander, tmp_path: Path) -> None:
+    sizes = "--lengths 64 --cases lance --dtype float32 --repeats 1 --only sdpa"
+    done = command(f"bench attention {sizes} --json attention.json", folder=tmp_path)
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "attention.json").read_text())
+    assert {"command", "device", "commit", "date", "torch", "ceilings", "cases"} <= set(record)

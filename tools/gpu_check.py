@@ -1,0 +1,354 @@
+"""What only a GPU can show, as short suites that need nothing but this tree (docs/gpu.md).
+
+    python tools/gpu_check.py first-light --out DIR    # does the stack work, and how fast is attention
+    python tools/gpu_check.py 1 --out DIR              # correctness: tests/gpu
+    python tools/gpu_check.py 2 --out DIR              # kernels: MaPE, attention, compute-sanitizer
+    python tools/gpu_check.py 3 --out DIR              # steps at the width of Lance-3B, bf16 and FP8
+    python tools/gpu_check.py stack                    # versions as JSON; anywhere
+
+Every step of a suite is a process of its own with a time limit, in order of value: one that fails or hangs is reported
+and does not stop the rest.  DIR/gpu-SUITE.json holds everything and is written anew after each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lance.config.errors import UserError, run_command
+from megatron_lance.config.loader import load_config
+from megatron_lance.ops.attention import BACKENDS
+from megatron_lance.ops.qk_norm_mape import why_not_fused
+from megatron_lance.profiling.memory import memory_per_rank
+from megatron_lance.profiling.provenance import provenance
+from megatron_lance.profiling.roofline import roofline
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MINUTES = 8.0
+RATES = "attention, copy and GEMM rates"
+BEFORE_BUILD = ("test_attention_gpu", "test_transformer_engine_gpu")
+TAIL = 3000  # characters of a step's output that are kept
+PACKAGES = (
+    *("torch", "triton", "transformer-engine", "transformer-engine-torch", "megatron-core", "numpy", "pytest"),
+    *("nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "nvidia-dali-cuda130"),
+)
+RECIPES = ("delayed", "tensorwise", "blockwise")
+WIDE = (  # one pack, no recompute: what the linears and the attention can do
+    *("training.global_batch_size=1", "training.init_from=", "training.precision=bf16"),
+    *("parallel.recompute_granularity=null", "parallel.overlap_grad_reduce=false"),
+    *("parallel.overlap_param_gather=false", "data.max_sample_length=null"),
+)
+PACKS = {"ct": ("lance_3b_ct1.yaml", "ct1", 65536), "pt": ("lance_3b_pt_192p.yaml", "pt", 50000)}
+MEMORY_SHARE = 0.8  # of the device, by the memory model: workspaces, FP8 copies and fragments take the rest
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a suite.
+
+    Attributes:
+        name: in the report.
+        command: its process; `{folder}` stands for a folder of its own.
+        limit: seconds.
+        result: the file it leaves in its folder, JSON or JUnit XML; empty if it leaves none.
+        missing: why it cannot run here; empty if it can.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    result: str = ""
+    missing: str = ""
+
+
+def _python(*arguments: str) -> tuple[str, ...]:
+    return sys.executable, *arguments
+
+
+def _tests(name: str, limit: float, *arguments: str) -> Step:
+    command = ("-m", "pytest", *arguments, "-q", "-p", "no:cacheprovider", "--junitxml={folder}/junit.xml")
+    return Step(name, _python(*command), limit, "junit.xml")
+
+
+def _bench(name: str, limit: float, *arguments: str) -> Step:
+    command = _python("tools/bench.py", *arguments, "--json", "{folder}/result.json")
+    return Step(name, command, limit, "result.json")
+
+
+def _profile(name: str, limit: float, pack: str, layers: int, length: int, *overrides: str, steps: int = 5) -> Step:
+    """Steps of one synthetic pack at the width of Lance-3B."""
+    config, stage, _ = PACKS[pack]
+    settings = (*WIDE, f"model.num_layers={layers}", f"data.seq_length={length}", *overrides)
+    command = ("--config", f"examples/configs/{config}", "--stage", stage, "--steps", str(steps), "--out", "{folder}")
+    return Step(name, _python("tools/profile_throughput.py", *command, *settings), limit, "profile.json")
+
+
+def _build() -> Step:
+    """The compiled ops with CUDA, where those at hand lack it."""
+    there = torch.cuda.is_available() and not why_not_fused(128, torch.device("cuda"))
+    command = ("env", "MEGATRON_LANCE_CUDA=1", *_python("setup.py", "--quiet", "build_ext", "--inplace"))
+    return Step("build the compiled ops", command, 240, missing="they are there" if there else "")
+
+
+def _te(attention: str, recipe: str = "none") -> tuple[str, ...]:
+    """Overrides for TransformerEngine's linears, in bf16 or by a recipe of FP8."""
+    engine = "model.transformer_impl=transformer_engine"
+    return engine, f"model.attention_backend={attention}", f"fp8.recipe={recipe}"
+
+
+def first_light(attention: str) -> list[Step]:
+    """Does the stack work at all, and which attention is fast."""
+    table = ("--lengths", "16384", "32768", "65536", "--repeats", "5")
+    return [
+        Step("stack", _python("tools/gpu_check.py", "stack", "--json", "{folder}/stack.json"), 60, "stack.json"),
+        _tests("attention backends against dense", 120, "tests/gpu/test_attention_gpu.py"),
+        _bench(RATES, 150, "attention", *table),
+        _profile("TransformerEngine layer", 75, "ct", 1, 8192, *_te(attention), steps=3),
+        *(_profile(f"FP8 layer, {recipe}", 75, "ct", 1, 8192, *_te(attention, recipe), steps=3) for recipe in RECIPES),
+    ]
+
+
+def correctness(attention: str) -> list[Step]:
+    """All of tests/gpu, a process per file; what needs the compiled ops after they are built."""
+    names = sorted(path.stem for path in (REPOSITORY / "tests" / "gpu").glob("test_*.py"))
+    tests = {name: _tests(name, 240, f"tests/gpu/{name}.py") for name in names}
+    return [*(tests.pop(name) for name in BEFORE_BUILD), _build(), *tests.values()]
+
+
+def kernels(attention: str) -> list[Step]:
+    """MaPE and attention rates, and the compiled kernels under compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer") or ""
+    few = (
+        "tests/gpu/test_qk_norm_mape_gpu.py",
+        "-q",
+        "-k",
+        "some_query_heads or two_regions",
+        "-p",
+        "no:cacheprovider",
+    )
+    return [
+        _bench(RATES, 200, "attention", "--lengths", "16384", "32768", "65536"),
+        _build(),
+        _bench("QK-norm and MaPE", 100, "mape"),
+        *(
+            Step(
+                f"compute-sanitizer {tool}",
+                (sanitizer, "--tool", tool, "--error-exitcode", "9", *_python("-m", "pytest", *few)),
+                90,
+                missing="" if sanitizer else "compute-sanitizer is not on PATH",
+            )
+            for tool in ("memcheck", "racecheck")
+        ),
+    ]
+
+
+def steps(attention: str, memory: float | None = None) -> list[Step]:
+    """A CT pack of 65,536 tokens and a PT pack of 50,000, bf16 and FP8, and the rates they are held against.
+
+    Args:
+        attention: backend.
+        memory: bytes of the device; None: this machine's GPU.
+    """
+    layers = {pack: fitting_layers(pack, memory) for pack in PACKS}
+    lengths = [str(length) for _, _, length in PACKS.values()]
+    profiles = [
+        _profile(f"{pack}, {kind}, {layers[pack]} layers", 110, pack, layers[pack], PACKS[pack][2], *overrides)
+        for pack, kind, overrides in (
+            ("ct", "bf16", _te(attention)),
+            ("ct", "FP8 blockwise", _te(attention, "blockwise")),
+            ("pt", "bf16", _te(attention)),
+            ("pt", "FP8 blockwise", _te(attention, "blockwise")),
+        )
+    ]
+    rates = _bench(RATES, 100, "attention", "--cases", "lance", "--lengths", *lengths)
+    return [*profiles[:2], rates, *profiles[2:]]
+
+
+def fitting_layers(pack: str, memory: float | None = None) -> int:
+    """Dual-expert layers at the width of Lance-3B that the memory model says fit, without recompute.
+
+    Args:
+        pack: a key of PACKS.
+        memory: bytes of the device; None: this machine's GPU.
+    """
+    config, _, length = PACKS[pack]
+    available = MEMORY_SHARE * (torch.cuda.get_device_properties(0).total_memory if memory is None else memory)
+    fitting = 1
+    for layers in range(1, 37):
+        overrides = [*WIDE, f"model.num_layers={layers}", f"data.seq_length={length}"]
+        run = load_config([str(REPOSITORY / "examples" / "configs" / config)], overrides)
+        if memory_per_rank(run, 1)[0].total_bytes <= available:
+            fitting = layers
+    return fitting
+
+
+SUITES: dict[str, Callable[[str], list[Step]]] = {
+    "first-light": first_light,
+    "1": correctness,
+    "2": kernels,
+    "3": steps,
+}
+
+
+def stack() -> dict[str, Any]:
+    """Versions, the device, and what can serve on it."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    found: dict[str, Any] = {**provenance(), "packages": versions, "cuda": torch.version.cuda, "gpu": None}
+    found["tools"] = {
+        name: shutil.which(name) or "" for name in ("nvcc", "g++", "nvidia-smi", "compute-sanitizer", "ncu")
+    }
+    if not torch.cuda.is_available():
+        return found
+    device = torch.device("cuda", 0)
+    properties = torch.cuda.get_device_properties(device)
+    found["gpu"] = {
+        "name": properties.name,
+        "capability": torch.cuda.get_device_capability(device),
+        "memory_gib": properties.total_memory / 2**30,
+        "processors": properties.multi_processor_count,
+        "cudnn": torch.backends.cudnn.version(),
+        "transformer_engine": find_spec("transformer_engine") is not None,
+    }
+    heads = {name: one.why_not(device, torch.bfloat16, 128) for name, one in BACKENDS.items()}
+    found["attention"] = {name: reason or "serves" for name, reason in heads.items()}
+    found["mape"] = why_not_fused(128, device) or "serves"
+    return found
+
+
+def run_step(step: Step, seconds: float) -> dict[str, Any]:
+    """Run a step for at most so many seconds; never raises for what the step does."""
+    if step.missing:
+        return {"status": "left out", "why": step.missing}
+    if seconds < 5:
+        return {"status": "left out", "why": "the suite's time was up"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [part.replace("{folder}", folder) for part in step.command]
+        start, log = time.perf_counter(), Path(folder, "log")
+        path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code: int | None = process.wait(timeout=min(step.limit, seconds))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+        found: dict[str, Any] = {
+            "status": "ok" if code == 0 else "too slow" if code is None else "failed",
+            "code": code,
+            "seconds": round(time.perf_counter() - start, 1),
+            "command": shlex.join(command),
+            "output": log.read_text(encoding="utf-8", errors="replace")[-TAIL:],
+        }
+        result = Path(folder, step.result)
+        if step.result and result.is_file():
+            found["result"] = _junit(result) if result.suffix == ".xml" else json.loads(result.read_text("utf-8"))
+        return found
+
+
+def _junit(file: Path) -> dict[str, Any]:
+    """Counts of a test run, and what failed or was skipped, with the first line of why."""
+    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    told: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
+    for case in cases:
+        for kind, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
+            for node in (case.find(tag) for tag in tags):
+                if node is not None:
+                    told[kind][str(case.get("name"))] = (node.get("message") or "").split("\n")[0]
+    return {"tests": len(cases), "passed": len(cases) - sum(map(len, told.values())), **told}
+
+
+def run_suite(name: str, suite: Sequence[Step], out: Path, minutes: float) -> dict[str, Any]:
+    """Run the steps one after another; the report is on disk after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"suite": name, **provenance(), "minutes": minutes, "steps": {}}
+    end = time.perf_counter() + 60 * minutes
+    for step in suite:
+        found = run_step(step, end - time.perf_counter())
+        report["steps"][step.name] = found
+        print(
+            f"{found['status']:<9} {found.get('seconds', 0):>6.1f} s  {step.name}  {found.get('why', '')}", flush=True
+        )
+        _write(report, out)
+    return report
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    (out / f"gpu-{report['suite']}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def rooflines(done: dict[str, Any]) -> dict[str, Any]:
+    """Each profiled step of suite 3 against the rates measured in the same suite; without those, why not."""
+    rates, found = done.get(RATES, {}).get("result"), {}
+    for name, step in done.items():
+        profile = step.get("result", {})
+        if "step_seconds" not in profile:
+            continue
+        try:
+            if rates is None:
+                raise ValueError(f"the step '{RATES}' has no result")
+            one = roofline(profile, rates, PACKS[name.split(",")[0]][2], "FP8" in name)
+            found[name] = {**asdict(one), "seconds": one.seconds, "share": one.share}
+        except ValueError as error:
+            found[name] = {"missing": str(error)}
+    return found
+
+
+def main() -> int:
+    """Run; returns the exit status: 1 if a step failed or was too slow."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=[*SUITES, "stack"], help="what to run")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="for the report")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of the whole suite (default {MINUTES})")
+    parser.add_argument(
+        "--attention", choices=list(BACKENDS), default="varlen_te", help="of the steps (default varlen_te); no trial"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of stack, instead of printing")
+    args = parser.parse_args()
+    if args.suite == "stack":
+        text = json.dumps(stack(), indent=1) + "\n"
+        if args.json:
+            args.json.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+        return 0
+    if not torch.cuda.is_available():
+        raise UserError(f"suite {args.suite}: needs a GPU and torch sees none here; run it on a machine with one")
+    report = run_suite(args.suite, SUITES[args.suite](args.attention), args.out, args.minutes)
+    if args.suite == "3":
+        report["rooflines"] = rooflines(report["steps"])
+        _write(report, args.out)
+    return int(any(found["status"] in ("failed", "too slow") for found in report["steps"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("gpu_check", main))
