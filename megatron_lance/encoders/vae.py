@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from einops import rearrange
 from scipy.fft import dct
 
 from megatron_lance.config.schema import EncoderConfig
 from megatron_lance.encoders.public_wan import load_public_wan
 from megatron_lance.encoders.weights import EncoderError, construct, draw_parameters, load_parameters, read_json
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
 SPATIAL, TEMPORAL = 16, 4
 """Pixels per latent cell along height and along width; frames per latent frame after the first."""
@@ -124,6 +126,9 @@ class WanAutoencoder(torch.nn.Module):
     @classmethod
     def build(cls, config: EncoderConfig, latent_channels: int, seed: int) -> WanAutoencoder:
         """From `config.vae_path` (diffusers' layout or the public file), or a small random one; see build_vae."""
+        # Here, because a run with another autoencoder would start a second later.
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
         path = Path(config.vae_path) if config.vae_path else None
         settings = _small_wan(latent_channels) if path is None else _read_wan(path, latent_channels)
         vae = construct(lambda: AutoencoderKLWan(**settings), config.dtype)

@@ -11,8 +11,9 @@ pairs of the mask, e CE rows, m distinct timesteps.
     attention              forward 4 q P N (scores and values)           backward twice that
     embedder               forward 2 C h g + 2 (256 h + h h) m           backward: weights, and h h m for its input
     heads                  forward 2 h V e + 2 h C g                     backward twice that
-    recompute              forward of what is run again in backward: all layers (full), attention (core_attn), or the
-                           3 h f part of the linears (mlp)
+    recompute              forward of what is run again in backward: 2 h V e of the LM head, whose logits are not kept;
+                           by configuration all layers (full), attention (core_attn), or the 3 h f part of the linears
+                           (mlp)
 
 Model FLOPs are forward and backward of real tokens and real mask pairs, whatever a layout pads or recomputes; encoders,
 which are frozen, are told apart.  The flash kernels' second look at the scores in backward is theirs, not the model's.
@@ -157,7 +158,7 @@ def flops_by_part(
         "linears gen": linears(work.gen),
         "attention": Flops(attended, 2 * attended, attended * (full or "core_attn" in modules)),
         "embedder": Flops(connectors + second, connectors + 2 * second),
-        "heads": Flops(words + velocities, (2 - ("head" in freeze)) * words + 2 * velocities),
+        "heads": Flops(words + velocities, (2 - ("head" in freeze)) * words + 2 * velocities, words),
     }
 
 

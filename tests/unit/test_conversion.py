@@ -267,7 +267,7 @@ def test_an_export_holds_the_largest_tensor_once(tmp_path: Path) -> None:
     for dtype in (None, "bfloat16"):
         before = reset_high_water()
         export_lance(open_checkpoint(tmp_path / "checkpoint"), tmp_path / "out", dtype=dtype, force=True)
-        assert high_water() - before < 1.2 * largest + 24e6
+        assert high_water() - before < 1.2 * largest + 36e6  # a second copy would be 51 MB; the rest is the allocator's
 
 
 @pytest.fixture(scope="module")
