@@ -92,6 +92,8 @@ def test_figures_of_prepack(tmp_path: Path) -> None:
     assert result["counts"]["unusable"] == 0 and result["counts"]["samples"] >= 60
     assert all(result[name]["seconds"] > 0 for name in ("first", "another_budget_and_resolution", "one_more_shard"))
     assert result["bytes_per_row"]["index"] > 50 and "projected" in text
+    result, text = run(prepack, *f"--stage ct3 --rows 60 --workers 1 --tokenizer {tokenizer} --first-only".split())
+    assert result["first"]["seconds"] > 0 and "one_more_shard" not in result and "projected" not in text
 
 
 def test_a_failing_prepack_ends_the_benchmark(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=100_000, help="rows of all sources (default 100000)")
     parser.add_argument("--workers", type=int, default=2, help="processes that probe (default 2)")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json")
+    parser.add_argument("--first-only", action="store_true", help="leave out planning anew, a new shard, projection")
 
 
 def _picture(width: int, height: int) -> bytes:
@@ -158,6 +159,8 @@ def _measure(folder: Path, args: argparse.Namespace) -> Iterator[tuple[str, Any]
     yield "counts", index.counts
     yield "fill", index.counts["tokens"] / (index.counts["packs"] * index.capacity)
     yield "bytes_per_row", {name: size / samples for name, size in sizes.items()}
+    if args.first_only:
+        return
     again = _timed(folder, args.workers, f"data.seq_length={index.capacity - 6000}", "data.vae_resolution=480")
     yield "another_budget_and_resolution", again
     source = sorted((folder / "data").iterdir())[0]
@@ -189,12 +192,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    sizes, projected, peak = result["bytes_per_row"], result["projected"], result["peak_gib"]
+    sizes, peak = result["bytes_per_row"], result["peak_gib"]
     lines = [
         f"{result['counts']['samples']} samples of stage {result['stage']}, {result['workers']} workers; fill "
         f"{result['fill']:.2%}"
     ]
     for name in ("first", "another_budget_and_resolution", "one_more_shard"):
+        if name not in result:
+            continue
         figures = result[name]
         lines.append(
             f"{name:>30}: {figures['seconds']:>7.0f} s, {figures['cpu_seconds']:>7.0f} CPU s, load "
@@ -203,8 +208,11 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         f"{'peak memory':>30}: {peak['largest_process']:.2f} GiB in a process, below {peak['bound']:.2f} in all",
         f"{'bytes per row':>30}: facts {sizes['facts']:.0f}, index {sizes['index']:.0f}",
-        f"{'projected for 1.14 billion':>30}: {projected['probe_core_hours']:.0f} core hours to probe, "
-        f"{projected['plan_core_hours']:.0f} to plan; facts {projected['facts_gb']:.0f} GB, index "
-        f"{projected['index_gb']:.0f} GB",
     ]
+    if projected := result.get("projected"):
+        lines.append(
+            f"{'projected for 1.14 billion':>30}: {projected['probe_core_hours']:.0f} core hours to probe, "
+            f"{projected['plan_core_hours']:.0f} to plan; facts {projected['facts_gb']:.0f} GB, index "
+            f"{projected['index_gb']:.0f} GB"
+        )
     return "\n".join(lines)
