@@ -215,8 +215,8 @@ class Tokenizer:
             ids = self._template_ids("".join(piece.text for piece in run))
             return ids, [(Role.TEMPLATE, 0, len(ids))]
         encoding = self._tokenizer.encode("".join(piece.text for piece in run), add_special_tokens=False)
-        starts = [start for start, _ in encoding.offsets]
-        ends = [bisect_left(starts, end) for end in accumulate(len(piece.text) for piece in run)]
+        offsets = encoding.offsets  # each access makes the list anew
+        ends = [bisect_left(offsets, (end,)) for end in accumulate(len(piece.text) for piece in run)]
         return encoding.ids, [
             (piece.role, start, stop) for piece, start, stop in zip(run, [0, *ends[:-1]], ends, strict=True)
         ]

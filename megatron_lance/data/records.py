@@ -162,6 +162,10 @@ class _Lru:
         return self._values[key][0]
 
 
+_READ = ("_open", "_columns", "_interleaved", "_patiently")
+"""What a copy of a reader begins without."""
+
+
 class RecordReader:
     """Rows of one source by (file, row); holds a bounded cache of row groups, one column each.
 
@@ -198,10 +202,11 @@ class RecordReader:
         self._patiently = PatientReads()
         self._open = _Lru(_OPEN_FILES, dispose=lambda opened: opened[0].close(force=True))
         self._columns = _Lru(self._cache_bytes)
+        self._interleaved: dict[str, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is open or cached."""
-        return {name: value for name, value in vars(self).items() if name not in ("_open", "_columns", "_patiently")}
+        return {name: value for name, value in vars(self).items() if name not in _READ}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin with nothing open and nothing read."""
@@ -335,6 +340,12 @@ class RecordReader:
         return Record(self.source.name, file, row, "", tuple(elements[:-1]), elements[-1])
 
     def _is_interleaved(self, file: str) -> bool:
+        """Whether the file has the interleave columns rather than the task's own; errors as of `_look_at_columns`."""
+        if file not in self._interleaved:
+            self._interleaved[file] = self._look_at_columns(file)
+        return self._interleaved[file]
+
+    def _look_at_columns(self, file: str) -> bool:
         """Whether the file has the interleave columns rather than the task's own.
 
         Raises:

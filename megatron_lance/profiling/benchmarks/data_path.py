@@ -62,15 +62,20 @@ class _BareReader(TaskReader):
 
     def __init__(self, packs: PackReader, media: MediaReader, resize: bool) -> None:
         super().__init__(packs, media)
-        self.way = bare_pixels if resize else bare_decode
+        self.resize = resize
 
     def read(self, task: Task, before_decoding: Callable[[], None] = lambda: None) -> PackTokens | Media:
         if isinstance(task, TextTask):
             return super().read(task)
         requests = self.packs.requests(task.pack, task.items)
-        for request in requests:
-            self.way(request)
-        return tuple(ReadMedia(torch.zeros(0), request.normalize) for request in requests)
+        return tuple(ReadMedia(self._pixels(request), request.normalize) for request in requests)
+
+    def _pixels(self, request: DecodeRequest) -> torch.Tensor:
+        """What is handed on: of frames alone nothing."""
+        if self.resize:
+            return bare_pixels(request)
+        bare_decode(request)
+        return torch.zeros(0)
 
 
 def bare_decode(request: DecodeRequest) -> list[npt.NDArray[Any]]:
