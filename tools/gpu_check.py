@@ -26,16 +26,24 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tree may be there without being installed
+
 from megatron_lance.config.errors import UserError, run_command
 from megatron_lance.config.loader import load_config
 from megatron_lance.ops.attention import BACKENDS
 from megatron_lance.ops.qk_norm_mape import why_not_fused
+from megatron_lance.profiling.criteria import (
+    ROOFLINE_SHARE,
+    Criterion,
+    attention_criteria,
+    fp8_criteria,
+    memory_criterion,
+)
 from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.profiling.provenance import provenance
 from megatron_lance.profiling.roofline import roofline
@@ -43,11 +51,13 @@ from megatron_lance.profiling.roofline import roofline
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
 RATES = "attention, copy and GEMM rates"
-BEFORE_BUILD = ("test_attention_gpu", "test_transformer_engine_gpu")
+BEFORE_BUILD = ("test_attention_gpu",)
+ENGINE, CURVES = "test_transformer_engine_gpu", "FP8 loss curves"
+GRACE = 15  # seconds that a step which is stopped has to write what it found
 TAIL = 3000  # characters of a step's output that are kept
 PACKAGES = (
     *("torch", "triton", "transformer-engine", "transformer-engine-torch", "megatron-core", "numpy", "pytest"),
-    *("nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "nvidia-dali-cuda130"),
+    *("nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-nccl-cu13", "nvidia-dali-cuda130", "onnxscript", "transformers"),
 )
 RECIPES = ("delayed", "tensorwise", "blockwise")
 WIDE = (  # one pack, no recompute: what the linears and the attention can do
@@ -126,10 +136,18 @@ def first_light(attention: str) -> list[Step]:
 
 
 def correctness(attention: str) -> list[Step]:
-    """All of tests/gpu, a process per file; what needs the compiled ops after they are built."""
+    """All of tests/gpu, a process per file and one for the loss curves; compiled ops are built before they are needed.
+
+    Args:
+        attention: does not matter here.
+    """
     names = sorted(path.stem for path in (REPOSITORY / "tests" / "gpu").glob("test_*.py"))
-    tests = {name: _tests(name, 240, f"tests/gpu/{name}.py") for name in names}
-    return [*(tests.pop(name) for name in BEFORE_BUILD), _build(), *tests.values()]
+    tests = {name: _tests(name, 150, f"tests/gpu/{name}.py") for name in names if name != ENGINE}
+    engine = [
+        _tests(name, limit, f"tests/gpu/{ENGINE}.py", "-k", chosen)
+        for name, limit, chosen in ((ENGINE, 150, "not loss_curve"), (CURVES, 180, "loss_curve"))
+    ]
+    return [engine[0], *(tests.pop(name) for name in BEFORE_BUILD), engine[1], _build(), *tests.values()]
 
 
 def kernels(attention: str) -> list[Step]:
@@ -159,12 +177,13 @@ def kernels(attention: str) -> list[Step]:
     ]
 
 
-def steps(attention: str, memory: float | None = None) -> list[Step]:
+def steps(attention: str, memory: float | None = None, recipe: str = "blockwise") -> list[Step]:
     """A CT pack of 65,536 tokens and a PT pack of 50,000, bf16 and FP8, and the rates they are held against.
 
     Args:
         attention: backend.
         memory: bytes of the device; None: this machine's GPU.
+        recipe: of FP8.
     """
     layers = {pack: fitting_layers(pack, memory) for pack in PACKS}
     lengths = [str(length) for _, _, length in PACKS.values()]
@@ -172,9 +191,9 @@ def steps(attention: str, memory: float | None = None) -> list[Step]:
         _profile(f"{pack}, {kind}, {layers[pack]} layers", 110, pack, layers[pack], PACKS[pack][2], *overrides)
         for pack, kind, overrides in (
             ("ct", "bf16", _te(attention)),
-            ("ct", "FP8 blockwise", _te(attention, "blockwise")),
+            ("ct", f"FP8 {recipe}", _te(attention, recipe)),
             ("pt", "bf16", _te(attention)),
-            ("pt", "FP8 blockwise", _te(attention, "blockwise")),
+            ("pt", f"FP8 {recipe}", _te(attention, recipe)),
         )
     ]
     rates = _bench(RATES, 100, "attention", "--cases", "lance", "--lengths", *lengths)
@@ -219,6 +238,7 @@ def stack() -> dict[str, Any]:
     found["tools"] = {
         name: shutil.which(name) or "" for name in ("nvcc", "g++", "nvidia-smi", "compute-sanitizer", "ncu")
     }
+    found["transformer_engine"] = {recipe: _why_not_engine(recipe) or "serves" for recipe in ("none", *RECIPES)}
     if not torch.cuda.is_available():
         return found
     device = torch.device("cuda", 0)
@@ -229,12 +249,36 @@ def stack() -> dict[str, Any]:
         "memory_gib": properties.total_memory / 2**30,
         "processors": properties.multi_processor_count,
         "cudnn": torch.backends.cudnn.version(),
-        "transformer_engine": find_spec("transformer_engine") is not None,
     }
     heads = {name: one.why_not(device, torch.bfloat16, 128) for name, one in BACKENDS.items()}
     found["attention"] = {name: reason or "serves" for name, reason in heads.items()}
     found["mape"] = why_not_fused(128, device) or "serves"
     return found
+
+
+def _why_not_engine(recipe: str) -> str:
+    """Why TransformerEngine's layers cannot serve here, by a recipe of FP8; empty if they can."""
+    from megatron_lance.model.layer_specs import check_transformer_engine  # loads megatron-core
+
+    try:
+        check_transformer_engine(recipe)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Exit status of a process; None if it had to be stopped, first by an interrupt that lets pytest report."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(timeout=GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return None
 
 
 def run_step(step: Step, seconds: float) -> dict[str, Any]:
@@ -256,12 +300,7 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            try:
-                code: int | None = process.wait(timeout=min(step.limit, seconds))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                code = None
+            code = _wait(process, min(step.limit, seconds))
         found: dict[str, Any] = {
             "status": "ok" if code == 0 else "too slow" if code is None else "failed",
             "code": code,
@@ -276,15 +315,21 @@ def run_step(step: Step, seconds: float) -> dict[str, Any]:
 
 
 def _junit(file: Path) -> dict[str, Any]:
-    """Counts of a test run, and what failed or was skipped, with the first line of why."""
-    cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    """Counts of a test run, what failed or was skipped, with the first line of why, and what tests recorded."""
+    every = ElementTree.parse(file).getroot().iter("testcase")
+    cases = [case for case in every if case.get("name")]  # a test that was interrupted has none
     told: dict[str, dict[str, str]] = {"failed": {}, "skipped": {}}
     for case in cases:
         for kind, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
             for node in (case.find(tag) for tag in tags):
                 if node is not None:
                     told[kind][str(case.get("name"))] = (node.get("message") or "").split("\n")[0]
-    return {"tests": len(cases), "passed": len(cases) - sum(map(len, told.values())), **told}
+    recorded = {
+        str(case.get("name")): {str(p.get("name")): p.get("value") for p in case.iter("property")}
+        for case in cases
+        if case.find("properties") is not None
+    }
+    return {"tests": len(cases), "passed": len(cases) - sum(map(len, told.values())), **told, "recorded": recorded}
 
 
 def run_suite(name: str, suite: Sequence[Step], out: Path, minutes: float) -> dict[str, Any]:
@@ -323,6 +368,26 @@ def rooflines(done: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def criteria(done: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What suites 2 and 3 are judged by, as far as they have measured it: value, bound, whether it is met.
+
+    Args:
+        done: the steps, and what they left.
+    """
+    rates = done.get(RATES, {}).get("result")
+    found = attention_criteria(rates["cases"]) if rates else {}
+    profiles = {name: step["result"] for name, step in done.items() if "step_seconds" in step.get("result", {})}
+    for name, one in rooflines(done).items():
+        if "share" in one:
+            found[f"{name}: roofline over step"] = Criterion(one["share"], ROOFLINE_SHARE)
+    for name, profile in profiles.items():
+        found[f"{name}: peak memory off the model"] = memory_criterion(profile)
+        halves = [p for other, p in profiles.items() if "bf16" in other and other.split(",")[0] == name.split(",")[0]]
+        if "FP8" in name and halves:
+            found |= {f"{name}: {what}": one for what, one in fp8_criteria(halves[0], profile).items()}
+    return {name: one.record() for name, one in found.items()}
+
+
 def main() -> int:
     """Run; returns the exit status: 1 if a step failed or was too slow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,6 +397,7 @@ def main() -> int:
     parser.add_argument(
         "--attention", choices=list(BACKENDS), default="varlen_te", help="of the steps (default varlen_te); no trial"
     )
+    parser.add_argument("--fp8", choices=RECIPES, default="blockwise", help="recipe of suite 3 (default blockwise)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="of stack, instead of printing")
     args = parser.parse_args()
     if args.suite == "stack":
@@ -343,10 +409,15 @@ def main() -> int:
         return 0
     if not torch.cuda.is_available():
         raise UserError(f"suite {args.suite}: needs a GPU and torch sees none here; run it on a machine with one")
-    report = run_suite(args.suite, SUITES[args.suite](args.attention), args.out, args.minutes)
+    suite = steps(args.attention, recipe=args.fp8) if args.suite == "3" else SUITES[args.suite](args.attention)
+    report = run_suite(args.suite, suite, args.out, args.minutes)
     if args.suite == "3":
         report["rooflines"] = rooflines(report["steps"])
-        _write(report, args.out)
+    report["criteria"] = criteria(report["steps"])
+    for name, one in report["criteria"].items():
+        sign = ">=" if one["at_least"] else "<="
+        print(f"{'met' if one['met'] else 'NOT MET':<9} {one['value']:.3f} {sign} {one['bound']}  {name}")
+    _write(report, args.out)
     return int(any(found["status"] in ("failed", "too slow") for found in report["steps"].values()))
 
 

@@ -83,13 +83,14 @@ def main() -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     from megatron_lance.profiling.provenance import provenance
-    from megatron_lance.profiling.throughput_page import write_profile_page
 
     found: dict[str, Any] = {key: value for key, value in provenance().items() if key != "device"}
     command = " ".join(["tools/profile_throughput.py", *arguments])
     record = {"command": command, "device_name": provenance()["device"], **found, **profile}
     (options.out / "profile.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(profile))
+    from megatron_lance.profiling.throughput_page import write_profile_page  # needs matplotlib
+
     write_profile_page(profile, options.out / "profile.html")
     return 0
 

@@ -150,7 +150,7 @@ def parts_of(config: TransformerConfig) -> Parts:
         column=provider.column_parallel_linear(),
         row=provider.row_parallel_linear(),
         activation=SwiGLU,
-        without_fp8=partial(te.fp8_autocast, enabled=False) if switched else None,
+        without_fp8=partial(te.autocast, enabled=False) if switched else None,
     )
 
 

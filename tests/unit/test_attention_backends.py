@@ -332,10 +332,16 @@ def test_a_trial_discards_what_is_wrong_or_fails(monkeypatch: pytest.MonkeyPatch
     def fails(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         raise RuntimeError("no kernel image\nis available")
 
+    def another(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        raise TypeError("incompatible function arguments")
+
+    monkeypatch.setitem(BACKENDS, "varlen_te", replace(right, attend=another))
     monkeypatch.setitem(BACKENDS, "flex", replace(right, attend=wrong))
     monkeypatch.setitem(BACKENDS, "varlen_torch", replace(right, attend=fails))
-    trial = run_trial(("flex", "varlen_torch", "sdpa"), Heads(2, 1, 8), torch.float32, CPU, trial_plan(2))
+    names = ("flex", "varlen_te", "varlen_torch", "sdpa")
+    trial = run_trial(names, Heads(2, 1, 8), torch.float32, CPU, trial_plan(2))
     assert list(trial.milliseconds) == ["sdpa"]
+    assert trial.discarded["varlen_te"] == "TypeError: incompatible function arguments"
     assert trial.discarded["flex"].startswith("wrong by 0.1, 0.1, 0.1, 0.1")
     assert trial.discarded["varlen_torch"] == "RuntimeError: no kernel image"
 

@@ -49,6 +49,18 @@ def test_a_run_counts_allowed_pairs_and_says_what_is_absent() -> None:
     assert "varlen_te: not measured, needs a GPU" in lines and "float8_e4m3fn: not measured, needs a GPU" in lines
 
 
+def test_a_run_that_is_interrupted_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*inputs: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(BACKENDS, "dense", replace(BACKENDS["sdpa"], attend=interrupted))
+    options = arguments("--lengths", "64", "128", "--cases", "full", "--dtype", "float32", "--repeats", "1")
+    options.only = ["sdpa", "dense"]
+    result = attention.run(options)
+    assert result["stopped"] and [set(case["backends"]) for case in result["cases"]] == [{"sdpa"}]
+    assert result["ceilings"]["copy_gb_per_s"] > 0 and "sdpa" in attention.table(result)
+
+
 def test_a_backend_that_fails_is_named_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*inputs: object) -> torch.Tensor:
         raise RuntimeError("out of memory")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.profiling.benchmarks import mape
-from megatron_lance.profiling.benchmarks.mape import Shape
+from megatron_lance.profiling.benchmarks.mape import Contender, Inputs, Shape
 
 
 def arguments(*given: str) -> argparse.Namespace:
@@ -39,6 +41,31 @@ def test_a_run_measures_every_phase_of_what_is_there() -> None:
         assert 0 < figures["p20_ms"] <= figures["p50_ms"] <= figures["p80_ms"]
         assert figures["gb_per_s"] == pytest.approx(case["bytes"][phase] / figures["p50_ms"] / 1e6)
     assert mape.table(result).count("% of copy") == 3
+
+
+def test_a_contender_that_fails_is_named_and_one_whose_graph_serves_once_has_no_backward_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs: list[int] = []
+
+    def contenders(x: Inputs, shape: Shape, *rest: object) -> Iterator[tuple[str, Contender]]:
+        def fails() -> tuple[torch.Tensor, ...]:
+            raise RuntimeError("no kernel")
+
+        def call() -> tuple[torch.Tensor, ...]:
+            graphs.append(1)
+            return mape._op(x, shape, "reference")
+
+        yield "fused", Contender(fails, x.leaves)
+        yield "transformer_engine", Contender(call, x.leaves, once=True)
+
+    monkeypatch.setattr(mape, "_contenders", contenders)
+    result = mape.run(arguments("--rows", "8", "--tp", "4", "--repeats", "2"))
+    (case,) = result["cases"]
+    assert case["failed"] == {"fused": "RuntimeError: no kernel"} and graphs
+    assert set(case["times"]["transformer_engine"]) == {"forward", "both"}
+    table = mape.table(result)
+    assert "fused: RuntimeError: no kernel" in table and table.count("% of copy") == 2
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:

@@ -17,6 +17,7 @@ import torch
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.validate import validate
 from megatron_lance.profiling.benchmarks import attention, mape
+from megatron_lance.profiling.criteria import Criterion
 from megatron_lance.profiling.memory import memory_per_rank
 from megatron_lance.profiling.roofline import linears_tflops
 from tests.command import Commander
@@ -59,6 +60,7 @@ def test_suites_end_in_time_and_hold_what_they_promise() -> None:
     assert [name for name in first if name.startswith("FP8")] == [f"FP8 layer, {recipe}" for recipe in RECIPES]
     assert sum(step.limit for step in ALL["3"]) <= 60 * gpu_check.MINUTES + 60
     tested = {step.name for step in ALL["1"]}
+    assert gpu_check.CURVES in tested
     assert {path.stem for path in (REPOSITORY / "tests" / "gpu").glob("test_*.py")} <= tested
     assert {step.name for step in ALL["2"]} >= {"compute-sanitizer memcheck", "compute-sanitizer racecheck"}
 
@@ -93,17 +95,29 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(tmp_path: Path, capsy
     assert json.loads((tmp_path / "new" / "gpu-1.json").read_text()) == report
     steps = report["steps"]
     assert [found["status"] for found in steps.values()] == ["failed", "too slow", "ok", "ok", "left out"]
-    assert steps["fails"]["code"] == -11 and steps["hangs"]["output"] == "begun\n"
+    assert steps["fails"]["code"] == -11 and steps["hangs"]["output"].startswith("begun\n")
     assert steps["writes"]["result"] == {"rate": 7} and steps["writes"]["output"] == "done\n"
     assert "result" not in steps["writes nothing"] and steps["cannot"]["why"] == "not on PATH"
     assert {"commit", "device", "date"} <= set(report)
     assert "too slow" in capsys.readouterr().out
 
 
+def test_tests_that_are_stopped_are_told_as_far_as_they_came(tmp_path: Path) -> None:
+    file = tmp_path / "test_slow.py"
+    file.write_text(
+        "import time\ndef test_a(record_property): record_property('x', 3)\ndef test_b(): time.sleep(600)\n"
+    )
+    step = gpu_check._tests("slow", 6, str(file))
+    found = run_suite("1", [step], tmp_path, 8)["steps"]["slow"]
+    assert found["status"] == "too slow" and found["seconds"] < 30
+    assert found["result"]["passed"] == 1 and found["result"]["recorded"] == {"test_a": {"x": "3"}}
+
+
 def measured_rates() -> dict[str, object]:
     """What the benchmark would say of a device with rates that are easy to compute with."""
     products = {"qkv": 500.0, "proj": 500.0, "fc1": 500.0, "fc2": 500.0, "square": 700.0}
-    lance = {"varlen_te": {"both": {"tflops": 400.0}}, "flex": {"both": {"tflops": 200.0}}}
+    kernel = {"kernel forward": {"tflops": 500.0}, "kernel backward": {"tflops": 500.0}}
+    lance = {"varlen_te": {"both": {"tflops": 400.0}, **kernel}, "flex": {"both": {"tflops": 200.0}}}
     return {
         "ceilings": {"tflops": {"bfloat16": products, "float8_e4m3fn": {k: 2 * v for k, v in products.items()}}},
         "cases": [{"case": "lance", "length": 65536, "backends": lance}],
@@ -114,7 +128,34 @@ def profiled(seconds: float) -> dict[str, object]:
     parts = {"linears und": 3e14, "linears gen": 6e14, "embedder": 0.0, "heads": 1e14}
     flops = {name: {"forward": work / 3, "backward": 2 * work / 3, "recompute": 0.0} for name, work in parts.items()}
     flops["attention"] = {"forward": 2e14, "backward": 4e14, "recompute": 0.0}
-    return {"step_seconds": {"p50": seconds}, "flops": flops}
+    took = {name: {"mean": 0.2 * seconds} for name in ("linears und", "linears gen")}
+    sizes = {"weights": 1.0, "gradients": 2.0, "optimizer": 3.0, "activations": 10.0, "activations by formula": 9.0}
+    memory = {kind: {"max": size} for kind, size in sizes.items()}
+    return {"step_seconds": {"p50": seconds}, "flops": flops, "parts": took, "memory": memory}
+
+
+def test_steps_are_judged() -> None:
+    """4 of 5 seconds' linears are 2.0, of 4 seconds' 1.6; peaks are 1 above the model's 15."""
+    done = {
+        "ct, bf16, 7 layers": {"result": profiled(5.0)},
+        "ct, FP8 blockwise, 7 layers": {"result": profiled(4.0)},
+        "pt, FP8 blockwise, 9 layers": {"status": "failed"},
+        gpu_check.RATES: {"result": measured_rates()},
+    }
+    found = gpu_check.criteria(done)
+    quarter = "ct, FP8 blockwise, 7 layers"
+    values = {name: (round(one["value"], 4), one["bound"], one["met"]) for name, one in found.items()}
+    assert values == {
+        "attention of 65536 tokens, varlen_te over the fastest kernel": (0.8, 0.9, False),
+        "ct, bf16, 7 layers: roofline over step": (0.75, 0.85, False),
+        f"{quarter}: roofline over step": (round(2.85 / 4, 4), 0.85, False),
+        "ct, bf16, 7 layers: peak memory off the model": (round(1 / 15, 4), 0.1, True),
+        f"{quarter}: peak memory off the model": (round(1 / 15, 4), 0.1, True),
+        f"{quarter}: linears in FP8 over bf16": (1.25, 1.5, False),
+        f"{quarter}: Amdahl bound over step in FP8": ((5.0 - 2.0 + 1.6) / 4.0, 0.9, True),
+    }
+    assert gpu_check.criteria({"stack": {"status": "ok", "result": {"gpu": None}}}) == {}
+    assert not Criterion(float("nan"), 0.9).met and not Criterion(float("nan"), 0.1, at_least=False).met
 
 
 def test_steps_are_held_against_the_rates_of_the_same_suite() -> None:
@@ -178,6 +219,7 @@ def test_failures_and_skips_of_a_test_run_are_told(tmp_path: Path) -> None:
         "passed": 1,
         "failed": {"b": "wrong", "d": "broke"},
         "skipped": {"c": "no GPU"},
+        "recorded": {},
     }
 
 
@@ -186,6 +228,9 @@ def test_the_stack_is_told_anywhere() -> None:
     assert found["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert set(found["packages"]) == set(gpu_check.PACKAGES) and "nvcc" in found["tools"]
     assert (found["gpu"] is None) != torch.cuda.is_available()
+    engine = found["transformer_engine"]
+    assert set(engine) == {"none", *RECIPES}
+    assert torch.cuda.is_available() or all("needs TransformerEngine on a GPU" in said for said in engine.values())
 
 
 def test_no_media_library_is_needed() -> None:
@@ -195,6 +240,23 @@ def test_no_media_library_is_needed() -> None:
     code = f"import sys\nfor name in ('av', 'nvidia.dali'): sys.modules[name] = None\nimport {modules}"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_tests_for_gpus_are_collected_without_media_libraries() -> None:
+    code = "import sys, pytest\nfor name in ('av', 'nvidia.dali'): sys.modules[name] = None\n"
+    code += "sys.exit(pytest.main(['tests/gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_tree_need_not_be_installed(tmp_path: Path) -> None:
+    """Called by its path from elsewhere, by a Python that does not know the package."""
+    program = str(REPOSITORY / "tools" / "gpu_check.py")
+    code = f"import runpy, sys\nsys.path = [p for p in sys.path if p not in ('', {str(REPOSITORY)!r})]\n"
+    code += "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
+    code += f"sys.argv = ['gpu_check', 'stack']\nrunpy.run_path({program!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '"packages"' in done.stdout, done.stderr
 
 
 def test_make_takes_the_python_it_is_given() -> None:

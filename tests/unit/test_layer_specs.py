@@ -1,7 +1,8 @@
 """Layer specs: what a part with a state of its own may do to checkpoints, and which linears leave FP8.
 
-TransformerEngine itself needs a GPU (tests/gpu/test_transformer_engine_gpu.py).  Parts stand in for its here that are
-megatron-core's linears but, like its linears and norms, remember something beside their weights.
+TransformerEngine computes on GPUs alone (tests/gpu), and may not be there (test_transformer_engine_import.py).  Parts
+stand in for its here that are megatron-core's linears but, like its linears and norms, remember something beside their
+weights.
 """
 
 from __future__ import annotations

@@ -121,8 +121,29 @@ def _measure(name: str, inputs: _Inputs, repeats: int) -> dict[str, Any]:
     return found
 
 
+def _measure_case(
+    cases: list[dict[str, Any]],
+    kind: str,
+    length: int,
+    names: list[str],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Add one mask and length to the cases, backend by backend."""
+    plan = plan_of(kind, length, args.stage)
+    inputs = _Inputs(plan, DTYPES[args.dtype], device)
+    case: dict[str, Any] = {"case": kind, "length": length, "tokens": plan.length, "pairs": plan.mask_pairs}
+    case |= {"slices": len(plan.slices), "backends": {}, "failed": {}}
+    cases.append(case)
+    for name in names:
+        try:
+            case["backends"][name] = _measure(name, inputs, args.repeats)
+        except FAILURES as error:
+            case["failed"][name] = f"{type(error).__name__}: {error}"
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure; the result is one JSON object.
+    """Measure; the result is one JSON object, also of a run that is interrupted ("stopped").
 
     Raises:
         UserError: for sizes that cannot be.
@@ -132,29 +153,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = here(), DTYPES[args.dtype]
     absent = {name: BACKENDS[name].why_not(device, dtype, MODEL.kv_channels) for name in args.only}
     absent = {name: reason for name, reason in absent.items() if reason}
-    cases = []
-    for kind, length in tqdm([(kind, length) for length in args.lengths for kind in args.cases], leave=False):
-        plan = plan_of(kind, length, args.stage)
-        inputs = _Inputs(plan, dtype, device)
-        case: dict[str, Any] = {"case": kind, "length": length, "tokens": plan.length, "pairs": plan.mask_pairs}
-        case |= {"slices": len(plan.slices), "backends": {}, "failed": {}}
-        for name in args.only:
-            if name in absent:
-                continue
-            try:
-                case["backends"][name] = _measure(name, inputs, args.repeats)
-            except FAILURES as error:
-                case["failed"][name] = f"{type(error).__name__}: {error}"
-        cases.append(case)
     rows, copied = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
+    ceilings = measure_ceilings(rows, copied, args.repeats, device)
+    names = [name for name in args.only if name not in absent]
+    cases: list[dict[str, Any]] = []
+    stopped = False
+    try:
+        for kind, length in tqdm([(kind, length) for length in args.lengths for kind in args.cases], leave=False):
+            _measure_case(cases, kind, length, names, args, device)
+    except KeyboardInterrupt:  # what is measured by then is worth having
+        stopped = True
     return {
         "heads": [MODEL.num_attention_heads, MODEL.num_query_groups, MODEL.kv_channels],
         "dtype": args.dtype,
         "stage": args.stage,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "ceilings": measure_ceilings(rows, copied, args.repeats, device),
+        "ceilings": ceilings,
         "absent": absent,
+        "stopped": stopped,
         "cases": cases,
     }
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig
+from megatron_lance.ops.attention_trial import FAILURES
 from megatron_lance.ops.mape import inverse_frequencies
 from megatron_lance.ops.qk_norm_mape import qk_norm_mape, why_not_fused
 from megatron_lance.profiling.benchmarks.timing import here, percentiles, run_times
@@ -33,10 +34,17 @@ PHASES = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute q and kv, and what gradients are taken of."""
+    """A way to compute q and kv.
+
+    Attributes:
+        call: computes them.
+        leaves: what gradients are taken of.
+        once: its backward frees what forward kept, so that it can be timed only together with a forward.
+    """
 
     call: Callable[[], tuple[torch.Tensor, ...]]
     leaves: tuple[torch.Tensor, ...]
+    once: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +152,7 @@ def _transformer_engine(x: Inputs, shape: Shape) -> Contender:
         query, key = (apply_rotary_pos_emb(y.unsqueeze(1), angles, fused=True).squeeze(1) for y in (query, key))
         return query, torch.stack([key, heads[:, :, -1]], dim=1)
 
-    return Contender(call, (x.qkv, *(norm.weight for norm in norms)))
+    return Contender(call, (x.qkv, *(norm.weight for norm in norms)), once=True)
 
 
 def _contenders(x: Inputs, shape: Shape, wanted: list[str], absent: dict[str, str]) -> Iterator[tuple[str, Contender]]:
@@ -175,7 +183,7 @@ def _measure(contender: Contender, x: Inputs, moved: dict[str, int], repeats: in
         with torch.no_grad():
             contender.call()
 
-    outputs = contender.call()
+    outputs = () if contender.once else contender.call()
 
     def backward() -> None:
         torch.autograd.grad(outputs, contender.leaves, given, retain_graph=True)
@@ -183,7 +191,7 @@ def _measure(contender: Contender, x: Inputs, moved: dict[str, int], repeats: in
     def both() -> None:
         torch.autograd.grad(contender.call(), contender.leaves, given)
 
-    bodies = {"forward": forward, "backward": backward, "both": both}
+    bodies = {"forward": forward, **({} if contender.once else {"backward": backward}), "both": both}
     return {
         phase: _figures(run_times(body, repeats, x.qkv.device), moved[phase]) for phase, body in bodies.items()
     }  # fmt: skip
@@ -213,10 +221,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         torch.compiler.reset()
         shape = Shape.of(tp)
         x, moved = Inputs.random(shape, rows, dtype, device), shape.bytes_moved(rows, dtype.itemsize)
-        case = {"tp": tp, "rows": rows, "bytes": moved, "times": {}}
+        case: dict[str, Any] = {"tp": tp, "rows": rows, "bytes": moved, "times": {}, "failed": {}}
         case["copy_gb_per_s"] = _copy_bandwidth(moved["forward"], args.repeats, device)
         for name, contender in _contenders(x, shape, args.only, absent):
-            case["times"][name] = _measure(contender, x, moved, args.repeats)
+            try:
+                case["times"][name] = _measure(contender, x, moved, args.repeats)
+            except FAILURES as error:
+                case["failed"][name] = f"{type(error).__name__}: {error}"
         measured.append(case)
     return {
         "dtype": args.dtype,
@@ -236,6 +247,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{name}: not measured, {reason}" for name, reason in result["absent"].items()]
     for case in result["cases"]:
+        lines += [f"{case['tp']:>3} {case['rows']:>6} {name}: {why}" for name, why in case["failed"].items()]
         for phase in PHASES:
             cells = []
             for name in CONTENDERS:
