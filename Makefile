@@ -35,7 +35,7 @@ demo: env
 	$(BIN)/python tools/run_demo.py --force
 
 demo-long: env
-	$(BIN)/python tools/run_demo.py --force --out runs/demo_long --config examples/configs/demo_long.yaml --iters 3075
+	$(BIN)/python tools/run_demo.py --force --out runs/demo_long --config examples/configs/demo_long.yaml --iters 3075 --variety 1
 
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile

@@ -64,6 +64,7 @@ POSITION_PHRASES = {
     "centre": "in the centre",
 }
 
+_MEAN_RADIUS, _MEAN_GREY = 0.2, 224  # of random scenes
 _SQUARE, _TRIANGLE = 0.85, 0.62  # half side and inradius for radius 1; all shapes look about equally large
 _AREA = {"circle": np.pi, "square": 4 * _SQUARE**2, "triangle": 3 * 3**0.5 * _TRIANGLE**2}  # for radius 1
 _MIN_CONTRAST = 0.12  # of the object against the background, distance in RGB of 0..1
@@ -108,6 +109,20 @@ class Scene:
         places = list(DIRECTIONS if self.moves else POSITIONS)
         number = list(COLOURS).index(self.colour) + 2 * SHAPES.index(self.shape)
         return places[number % len(places)] == self.place
+
+    def calmed(self, variety: float) -> Scene:
+        """With less of what no caption names: size, offset and background come closer to their means.
+
+        Args:
+            variety: 1: as it is; 0: the means themselves.
+        """
+        red, green, blue = (round(_MEAN_GREY + variety * (value - _MEAN_GREY)) for value in self.background)
+        return replace(
+            self,
+            radius=_MEAN_RADIUS + variety * (self.radius - _MEAN_RADIUS),
+            offset=(variety * self.offset[0], variety * self.offset[1]),
+            background=(red, green, blue),
+        )
 
     def mirrored(self) -> Scene:
         """Left and right exchanged."""

@@ -12,7 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,26 @@ def encode_clip(pixels: UInt8Array) -> bytes:
     return file.getvalue()
 
 
-def media(scene: Scene, size: int) -> bytes:
-    """The file that shows a scene."""
-    pixels = draw(scene, size)
-    return encode_clip(pixels) if scene.moves else encode_picture(pixels)
+@dataclass(frozen=True)
+class Look:
+    """How scenes are drawn.
+
+    Attributes:
+        size: side of the frames, pixels.
+        variety: of what captions do not name, 0 to 1, see `Scene.calmed`.
+    """
+
+    size: int = 64
+    variety: float = 1.0
+
+    def pixels(self, scene: Scene) -> UInt8Array:
+        """[T, size, size, 3] RGB."""
+        return draw(scene.calmed(self.variety), self.size)
+
+    def media(self, scene: Scene) -> bytes:
+        """The file that shows a scene."""
+        pixels = self.pixels(scene)
+        return encode_clip(pixels) if scene.moves else encode_picture(pixels)
 
 
 def trained_scene(rng: np.random.Generator, moves: bool) -> Scene:
@@ -159,48 +175,48 @@ def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     return pairs[int(rng.integers(len(pairs)))]
 
 
-def _text2image(rng: np.random.Generator, size: int) -> Row:
+def _text2image(rng: np.random.Generator, look: Look) -> Row:
     scene = trained_scene(rng, False)
-    return {"caption": caption(scene, int(rng.integers(len(PICTURE_TEMPLATES)))), "image_bytes": media(scene, size)}
+    return {"caption": caption(scene, int(rng.integers(len(PICTURE_TEMPLATES)))), "image_bytes": look.media(scene)}
 
 
-def _text2video(rng: np.random.Generator, size: int) -> Row:
+def _text2video(rng: np.random.Generator, look: Look) -> Row:
     scene = trained_scene(rng, True)
-    return {"caption": caption(scene, int(rng.integers(len(CLIP_TEMPLATES)))), "video_bytes": media(scene, size)}
+    return {"caption": caption(scene, int(rng.integers(len(CLIP_TEMPLATES)))), "video_bytes": look.media(scene)}
 
 
-def _image2image(rng: np.random.Generator, size: int) -> Row:
+def _image2image(rng: np.random.Generator, look: Look) -> Row:
     source, instruction, target = edit(rng, False, held_out=False)
     return {
         "caption": instruction,
-        "input_image_bytes": media(source, size),
-        "output_image_bytes": media(target, size),
+        "input_image_bytes": look.media(source),
+        "output_image_bytes": look.media(target),
     }
 
 
-def _video2video(rng: np.random.Generator, size: int) -> Row:
+def _video2video(rng: np.random.Generator, look: Look) -> Row:
     source, instruction, target = edit(rng, True, held_out=False)
     return {
         "caption": instruction,
-        "input_video_bytes": media(source, size),
-        "output_video_bytes": media(target, size),
+        "input_video_bytes": look.media(source),
+        "output_video_bytes": look.media(target),
     }
 
 
-def _interleave(rng: np.random.Generator, size: int) -> Row:
+def _interleave(rng: np.random.Generator, look: Look) -> Row:
     source, words, target = reference(rng, held_out=False)
     return {
-        "interleave_array": [media(source, size), words.encode(), media(target, size)],
+        "interleave_array": [look.media(source), words.encode(), look.media(target)],
         "element_dtype_array": ["image", "text", "image"],
     }
 
 
-def _x2t(rng: np.random.Generator, size: int, moves: bool) -> Row:
+def _x2t(rng: np.random.Generator, look: Look, moves: bool) -> Row:
     scene = trained_scene(rng, moves)
     ask, answer = question(rng, scene)
     system = _system("understanding" if ask else "captioning", "video" if moves else "image")
     column = "video_bytes" if moves else "image_bytes"
-    return {column: media(scene, size), "caption_i": system, "caption_q": ask, "caption_a": answer}
+    return {column: look.media(scene), "caption_i": system, "caption_q": ask, "caption_a": answer}
 
 
 def _system(prompt: str, kind: str) -> str:
@@ -208,14 +224,14 @@ def _system(prompt: str, kind: str) -> str:
 
 
 # File name without suffix -> (how a row is made, whether its rows are counted by --clips, one row per how many).
-TABLES: dict[str, tuple[Callable[[np.random.Generator, int], Row], bool, int]] = {
+TABLES: dict[str, tuple[Callable[[np.random.Generator, Look], Row], bool, int]] = {
     "text2image": (_text2image, False, 1),
     "text2video": (_text2video, True, 1),
     "image2image": (_image2image, False, 4),
     "video2video": (_video2video, True, 4),
     "interleave_subject": (_interleave, False, 4),
-    "x2t_image": (lambda rng, size: _x2t(rng, size, False), False, 4),
-    "x2t_video": (lambda rng, size: _x2t(rng, size, True), True, 4),
+    "x2t_image": (lambda rng, look: _x2t(rng, look, False), False, 4),
+    "x2t_video": (lambda rng, look: _x2t(rng, look, True), True, 4),
 }
 
 
@@ -242,7 +258,7 @@ def _loose(folder: Path, stem: str, row: Row) -> None:
         (folder / f"{stem}_{name.removesuffix('_bytes')}.{suffix}").write_bytes(value)
 
 
-def write_tables(out: Path, seed: int, pictures: int, clips: int, size: int, progress: bool) -> list[str]:
+def write_tables(out: Path, seed: int, pictures: int, clips: int, look: Look, progress: bool) -> list[str]:
     """Write the parquet files and some loose media; returns all texts of the rows, with repetitions."""
     counts = {name: max(1, (clips if moves else pictures) // per) for name, (_, moves, per) in TABLES.items()}
     texts: list[str] = []
@@ -250,7 +266,7 @@ def write_tables(out: Path, seed: int, pictures: int, clips: int, size: int, pro
         for name, (make, _, _) in TABLES.items():
             rows = []
             for i in range(counts[name]):
-                rows.append(make(stream(seed, "demo", name, i), size))
+                rows.append(make(stream(seed, "demo", name, i), look))
                 bar.update()
             for i, row in enumerate(rows[:LOOSE]):
                 _loose(out / "media", f"{name}_{i}", row)
@@ -270,7 +286,7 @@ def _combinations(rng: np.random.Generator, moves: bool) -> list[Scene]:
     return list(found.values())
 
 
-def write_heldout(out: Path, seed: int, size: int) -> list[str]:
+def write_heldout(out: Path, seed: int, look: Look) -> list[str]:
     """Write heldout.jsonl and its media; returns its captions and questions.
 
     preview.jsonl repeats its first three lines and the first of every other task, to sample while training.
@@ -292,18 +308,18 @@ def write_heldout(out: Path, seed: int, size: int) -> list[str]:
             add("t2i", caption(scene, template), scene.attributes)
     for task, template in (("t2v", 0), ("t2v", 1), ("i2v", 0)):
         for scene in _combinations(stream(seed, "demo", task, template), True):
-            inputs = (draw(scene, size)[:1],) if task == "i2v" else ()
+            inputs = (look.pixels(scene)[:1],) if task == "i2v" else ()
             add(task, caption(scene, template), scene.attributes, *inputs)
     for task in ("i_edit", "v_edit", "s2i"):
         for i in range(18):
             rng = stream(seed, "demo", task, i)
             source, words, target = reference(rng, True) if task == "s2i" else edit(rng, task == "v_edit", True)
-            add(task, words, target.attributes, draw(source, size))
+            add(task, words, target.attributes, look.pixels(source))
     for task in ("i2t", "v2t"):
         rng = stream(seed, "demo", task)
         for scene in _combinations(rng, task == "v2t"):
             ask, answer = question(rng, scene)
-            add(task, ask, {"answer": answer}, draw(scene, size))
+            add(task, ask, {"answer": answer}, look.pixels(scene))
     tasks = [line["task"] for line in lines]
     shown = [line for number, line in enumerate(lines) if number < 3 or line["task"] not in tasks[:number]]
     for name, chosen in (("heldout", lines), ("preview", shown)):
@@ -317,12 +333,12 @@ def template_texts() -> list[str]:
     return [f"{role}\n" for role in ("system", "user", "assistant")] * 500 + prompts * 100
 
 
-def make(out: Path, seed: int, pictures: int, clips: int, size: int, progress: bool = True) -> dict[str, int]:
+def make(out: Path, seed: int, pictures: int, clips: int, look: Look, progress: bool = True) -> dict[str, int]:
     """Write the whole data set into `out`; returns the rows of each parquet file."""
     for folder in ("media/heldout", "tokenizer"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    texts = write_tables(out, seed, pictures, clips, size, progress)
-    heldout = write_heldout(out, seed, size)
+    texts = write_tables(out, seed, pictures, clips, look, progress)
+    heldout = write_heldout(out, seed, look)
     write_tokenizer(out / "tokenizer", train_tokenizer([*texts, *heldout, *template_texts()]))
     rows = {name: pq.read_metadata(out / f"{name}.parquet").num_rows for name in TABLES}
     counts = "\n".join(f"{name}.parquet: {n} rows" for name, n in rows.items())
@@ -341,6 +357,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=4000, metavar="N", help="rows of text2image (default 4000)")
     parser.add_argument("--clips", type=int, default=1200, metavar="N", help="rows of text2video (default 1200)")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="side of the frames (default 64)")
+    parser.add_argument(
+        "--variety", type=float, default=1.0, help="of sizes, places and backgrounds that no caption names, 0 to 1"
+    )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
@@ -349,11 +368,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--{name} {getattr(args, name)}: must be positive; set 1 or more")
     if args.size < 32 or args.size % 16:
         raise UserError(f"--size {args.size}: must be a multiple of 16 pixels and at least 32; 64 is the demo's")
+    if not 0.0 <= args.variety <= 1.0:
+        raise UserError(f"--variety {args.variety:g}: must lie in [0, 1]; 1 is all there is")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"OUT '{args.out}': is a file; name a folder")
     if args.out.is_dir() and any(args.out.iterdir()) and not args.force:
         raise UserError(f"OUT '{args.out}': is not empty; name another folder or give --force to write into it")
-    rows = make(args.out, args.seed, args.pictures, args.clips, args.size, progress=not args.quiet)
+    rows = make(args.out, args.seed, args.pictures, args.clips, Look(args.size, args.variety), progress=not args.quiet)
     print(f"{args.out}: " + ", ".join(f"{name} {n}" for name, n in rows.items()) + " rows")
     return 0
 

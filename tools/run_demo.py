@@ -1,6 +1,6 @@
 """The whole demo: data, prepack, training on two ranks, resume, export, samples, score.
 
-    python tools/run_demo.py [--out runs/demo] [--force] [--iters N] [--config examples/configs/demo_long.yaml]
+    python tools/run_demo.py [--out runs/demo] [--force] [--iters N] [--variety V] [--config FILE]
 
 Each stage is one of the ordinary command lines, printed before it runs, so that any of them can be repeated by hand.
 Prints a summary and writes it to OUT/summary.json.
@@ -83,7 +83,7 @@ def torchrun(*arguments: str) -> list[str]:
     return [*launcher, *arguments]
 
 
-def stages(out: Path, iters: int, extra: int, file: str) -> list[tuple[str, list[str]]]:
+def stages(out: Path, iters: int, extra: int, file: str, variety: float) -> list[tuple[str, list[str]]]:
     """The command line of every stage."""
     config = ["--config", file]
     sources = [
@@ -103,7 +103,7 @@ def stages(out: Path, iters: int, extra: int, file: str) -> list[tuple[str, list
     train = ["-m", "megatron_lance.training.train", *config, *place, "training.progress=true"]
     python = [sys.executable]
     return [
-        ("data", [*python, "-m", "tools.make_demo_data", f"{out}/data"]),
+        ("data", [*python, "-m", "tools.make_demo_data", f"{out}/data", f"--variety={variety:g}"]),
         ("prepack", [*python, "tools/prepack.py", *config, *place]),
         ("train", torchrun(*train, f"training.train_iters={iters}")),
         ("resume", torchrun(*train, f"training.train_iters={iters + extra}", "training.resume=latest")),
@@ -171,12 +171,15 @@ def main() -> int:
     parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"of the training (default {CONFIG})")
     parser.add_argument("--iters", type=int, default=760, help="training steps before the resume")
     parser.add_argument("--extra", type=int, default=25, help="training steps after the resume")
+    parser.add_argument(
+        "--variety", type=float, default=0.25, help="of the shapes, see tools/make_demo_data.py (default 0.25)"
+    )
     parser.add_argument("--force", action="store_true", help="delete an earlier demo in DIR")
     options = parser.parse_args()
     if options.out.exists() and not options.force:
         raise UserError(f"--out {options.out}: exists; give --force to delete it, or another folder")
     shutil.rmtree(options.out, ignore_errors=True)
-    commands = stages(options.out, options.iters, options.extra, options.config)
+    commands = stages(options.out, options.iters, options.extra, options.config, options.variety)
     done = [run_stage(name, command) for name, command in commands]
     result = summary(options.out, done)
     (options.out / "summary.json").write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -199,8 +199,8 @@ def test_prompts_to_preview(data: Path) -> None:
 
 
 def test_same_arguments_same_bytes(data: Path, tmp_path: Path) -> None:
-    make_demo_data.make(tmp_path / "again", 1, PICTURES, CLIPS, 64, progress=False)
-    make_demo_data.make(tmp_path / "other", 2, PICTURES, CLIPS, 64, progress=False)
+    make_demo_data.make(tmp_path / "again", 1, PICTURES, CLIPS, make_demo_data.Look(), progress=False)
+    make_demo_data.make(tmp_path / "other", 2, PICTURES, CLIPS, make_demo_data.Look(), progress=False)
     files = sorted(path.relative_to(data) for path in data.rglob("*") if path.is_file())
     assert len(files) > 100
     for name in files:
@@ -211,6 +211,16 @@ def test_same_arguments_same_bytes(data: Path, tmp_path: Path) -> None:
             assert first.equals(again) and not first.equals(other)
         else:
             assert (data / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_variety_is_of_what_captions_do_not_name() -> None:
+    scenes = [random_scene(stream(1, "test", i), moves=bool(i % 2)) for i in range(40)]
+    for scene in scenes:
+        assert np.array_equal(make_demo_data.Look().pixels(scene), draw(scene, 64))
+        calm = scene.calmed(0.0)
+        assert calm.attributes == scene.attributes and calm.offset == (0.0, 0.0)
+        assert np.isclose(scene.calmed(0.5).radius - 0.2, 0.5 * (scene.radius - 0.2))
+    assert len({(s.calmed(0.0).radius, s.calmed(0.0).background) for s in scenes}) == 1
 
 
 def test_tokenizer_loads_and_round_trips(data: Path) -> None:
@@ -250,6 +260,7 @@ def test_refuses_a_folder_that_is_not_empty_and_odd_arguments(data: Path, tmp_pa
         ([str(tmp_path / "file")], "is a file; name a folder"),
         ([str(tmp_path / "new"), "--size=40"], "must be a multiple of 16 pixels"),
         ([str(tmp_path / "new"), "--pictures=0"], "--pictures 0: must be positive"),
+        ([str(tmp_path / "new"), "--variety=1.5"], "--variety 1.5: must lie in"),
     ):
         with pytest.raises(UserError, match=message):
             make_demo_data.main(arguments)
