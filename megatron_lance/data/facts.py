@@ -41,6 +41,8 @@ FILE_SCHEMA = FACTS_SCHEMA.append(pa.field("cause", pa.string())).append(pa.fiel
 and `unreachable` that it is worth another look."""
 
 
+_TEXT = ("span_start", "span_stop", "bare", "bare_start", "bare_stop", "empty")
+"""Columns with a number of each row, as in `TextFacts`."""
 _CELL = 3
 """Tokens of a block of one cell, which stands for a block whose grid is not known yet."""
 
@@ -223,7 +225,11 @@ def facts_table(
 
 
 class FileFacts:
-    """The facts of a data file, memory-mapped: what is asked for is read, the rest stays on disk."""
+    """The facts of a data file, memory-mapped: what is asked for is read, the rest stays on disk.
+
+    Planning asks for every row, in no order, so a row is put together from the columns' own numbers, which takes a
+    third of the time that Arrow takes to make dicts of it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open the one record batch of a facts file.
@@ -234,7 +240,14 @@ class FileFacts:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         if not table.schema.equals(FILE_SCHEMA):
             raise pa.ArrowInvalid(f"columns {', '.join(table.schema.names)}")
-        self._batch = next(iter(table.combine_chunks().to_batches()), pa.RecordBatch.from_pylist([], FILE_SCHEMA))
+        batch = next(iter(table.combine_chunks().to_batches()), pa.RecordBatch.from_pylist([], FILE_SCHEMA))
+        media, gaps = batch.column("media"), batch.column("gaps")
+        self._batch, self._cause = batch, batch.column("cause")
+        self._media_ends, self._gap_ends = media.offsets.to_numpy(), gaps.offsets.to_numpy()
+        self._gaps = gaps.values.to_numpy()
+        self._element, self._is_video = media.values.field("element"), media.values.field("video")
+        self._info = [media.values.field(name).to_numpy() for name in ("width", "height", "n_frames", "average_fps")]
+        self._text = [batch.column(name).to_numpy() for name in _TEXT]
 
     def __len__(self) -> int:
         """Rows."""
@@ -247,5 +260,15 @@ class FileFacts:
 
     def row(self, row: int) -> RowFacts | str:
         """The facts of a row, or why it cannot be used."""
-        values = self._batch.slice(row, 1).to_pylist()[0]
-        return str(values["cause"]) if values["cause"] else RowFacts.of(values)
+        if cause := self._cause[row].as_py():
+            return str(cause)
+        media = tuple(map(self._medium, range(self._media_ends[row], self._media_ends[row + 1])))
+        gaps = self._gaps[self._gap_ends[row] : self._gap_ends[row + 1]].tolist()
+        start, stop, bare, bare_start, bare_stop, empty = (column.item(row) for column in self._text)
+        return RowFacts(media, TextFacts(tuple(gaps), (start, stop), bare, (bare_start, bare_stop), empty))
+
+    def _medium(self, at: int) -> MediaFact:
+        """One of the file's media, counted over its rows."""
+        size_and_rate = (column.item(at) for column in self._info)
+        info = MediaInfo("video" if self._is_video[at].as_py() else "image", *size_and_rate)
+        return MediaFact(self._element[at].as_py(), info)
