@@ -31,6 +31,7 @@ BENCHMARKS = {
     "sampling": "training.sampling_benchmark",
     "save": "training.save_benchmark",
     "prepack": "profiling.benchmarks.prepack",
+    "row-group-reads": "profiling.benchmarks.row_group_reads",
     "row-groups": "profiling.benchmarks.row_groups",
 }
 STDOUT = Path("-")

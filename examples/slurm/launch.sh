@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the sbatch files share: train with resume, and put the job back into the queue when it was stopped.
 # Arguments: overrides, as of the training program. CONFIG names the configuration, LAYOUT a second one that goes on top
-# of it, for example examples/configs/layouts/later_80gb.yaml.
+# of it, for example examples/configs/layouts/later_80gb.yaml. ROW_GROUP_CACHE names a folder on a disk that every node
+# has for itself, for example /local/row_groups: its ranks then read each row group of the data once.
 #
 # Exit codes of the training program (megatron_lance/config/errors.py): 0 finished, 2 configuration, 3 data, 4 not
 # finite, 5 hang, 6 stopped after a save: by SIGTERM (preemption), SIGUSR1 (end of time, see --signal) or
@@ -27,7 +28,8 @@ trap : TERM USR1 # the ranks are signalled too, and save; this shell waits for t
 # --wait: when a rank is gone, the others have so many seconds before SLURM kills them. --kill-on-bad-exit would kill
 # ranks that are just about to leave with code 6.
 srun --wait="${WAIT:-120}" --kill-on-bad-exit=0 "${container[@]}" examples/slurm/rank.sh "${before[@]}" \
-    "$PYTHON" -m megatron_lance.training.train --config "$CONFIG" ${LAYOUT:+--config "$LAYOUT"} training.resume=auto "$@"
+    "$PYTHON" -m megatron_lance.training.train --config "$CONFIG" ${LAYOUT:+--config "$LAYOUT"} training.resume=auto \
+    ${ROW_GROUP_CACHE:+"data.row_group_cache=$ROW_GROUP_CACHE"} "$@"
 code=$?
 
 restarts="${SLURM_RESTART_COUNT:-0}"

@@ -70,7 +70,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     recompute_granularity: str | None = None  # None | selective | full
     recompute_modules: tuple[str, ...] = ("core_attn",)  # what selective recomputes: core_attn, layernorm, mlp
+    recompute_experts: tuple[str, ...] = ("und", "gen")  # whose layernorm and mlp selective recomputes
     recompute_num_layers: int = 1  # layers per recomputed chunk (uniform)
+    offload_layers: int = 0  # first layers of each model chunk whose saved activations wait on the host
     region_alignment: int = 8  # rows; each expert region per TP rank is a multiple of it
 
 
@@ -148,6 +150,8 @@ class DataConfig:
     workers: int = 2  # processes per rank that read, tokenise and decode ahead; 0: none, steps are read when due
     steps_ahead: int = 1  # steps that are read before they are due; their pixels wait in shared memory
     encoding_cache: str = ""  # folder written by tools/encode_latents.py; what it lacks is encoded; empty: no cache
+    row_group_cache: str = ""  # folder on a disk of each node, whose processes then read a row group once; empty: none
+    row_group_cache_gb: float = 64.0  # GB (1e9 bytes) of all files there; what was used least recently is removed
     media_seconds: float = 30.0  # seconds that decoding a picture or clip may take in a worker; else it is broken
     prompts: PromptConfig = field(default_factory=PromptConfig)
 

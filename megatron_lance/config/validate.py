@@ -8,6 +8,8 @@ checked by what reads them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
 
 from megatron_lance.config.fp8 import RECIPES, fp8_problems
 from megatron_lance.config.loader import ConfigError
@@ -59,7 +61,7 @@ _POSITIVE = (
     "parallel.recompute_num_layers parallel.region_alignment fp8.amax_history_len "
     "data.epochs data.seq_length data.length_bands data.planning_window data.mixing_row_groups data.target_fps "
     "data.max_seconds_generation data.max_seconds_understanding data.decode_threads data.steps_ahead "
-    "data.media_seconds "
+    "data.media_seconds data.row_group_cache_gb "
     "encoders.small_vit_hidden encoders.small_vit_depth encoders.small_vit_heads "
     "objective.timestep_shift optimizer.adam_eps "
     "training.train_iters training.global_batch_size training.log_interval training.max_nonfinite_steps "
@@ -71,12 +73,13 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "objective.ce_weight objective.mse_weight optimizer.lr optimizer.min_lr optimizer.weight_decay "
     "fp8.margin fp8.first_layers_bf16 fp8.last_layers_bf16 data.workers optimizer.clip_grad "
-    "optimizer.lr_warmup_iters training.seed training.save_interval "
+    "parallel.offload_layers optimizer.lr_warmup_iters training.seed training.save_interval "
     "training.keep_last training.keep_every training.fully_reshardable_every training.stop_after_minutes "
     "training.hang_seconds training.straggler_factor training.spike_factor training.max_rewinds"
 ).split()
 MAX_FUSED_CHANNELS = 256
 _RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
+_EXPERTS = ("und", "gen")
 FREEZE_SETS = ("embeddings", "head", "und")
 _PROBABILITIES = ("data.caption_dropout", "data.condition_dropout", "data.validation_fraction")
 
@@ -96,6 +99,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_degrees(config, world_size),
         *_layer_split(config),
         *_recompute(config),
+        *_offload(config),
         *_model(config.model),
         *_ops(config),
         *fp8_problems(config),
@@ -106,6 +110,7 @@ def validate(config: RunConfig, world_size: int) -> None:
         *_dropout(config.data),
         *_balance(config.data, config.training.global_batch_size),
         *_cache(config),
+        *_row_group_cache(config.data),
         *_small_vit(config),
         *_optimizer(config.optimizer, config.training.train_iters),
         *_average(config),
@@ -231,23 +236,45 @@ def _layer_split(config: RunConfig) -> Iterator[str]:
 
 def _recompute(config: RunConfig) -> Iterator[str]:
     """Recomputed modules must exist; recomputed chunks must fill every model chunk."""
-    p, layers = config.parallel, config.model.num_layers
-    unknown = [module for module in p.recompute_modules if module not in _RECOMPUTE_MODULES]
-    if unknown or not p.recompute_modules:
-        yield (
-            f"parallel.recompute_modules = {list(p.recompute_modules)}: must be some of "
-            f"{', '.join(_RECOMPUTE_MODULES)}; for no recompute set parallel.recompute_granularity=null"
-        )
+    p = config.parallel
+    for name, known in (("recompute_modules", _RECOMPUTE_MODULES), ("recompute_experts", _EXPERTS)):
+        named = getattr(p, name)
+        if not named or not set(named) <= set(known):
+            yield (
+                f"parallel.{name} = {list(named)}: must be some of {', '.join(known)}; for no recompute set "
+                "parallel.recompute_granularity=null"
+            )
     if p.recompute_granularity != "full":
         return
-    ends = [n for n in (p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage) if n is not None]
-    middle_stages = p.pipeline_model_parallel_size - len(ends)
-    stages = [*ends, *([(layers - sum(ends)) // middle_stages] if middle_stages > 0 else [])]
-    chunks = {stage // (p.virtual_pipeline_model_parallel_size or 1) for stage in stages}
+    chunks = _chunk_layers(config)
     if any(chunk % p.recompute_num_layers for chunk in chunks):
         yield (
             f"parallel.recompute_num_layers = {p.recompute_num_layers}: must divide the layers of every model chunk, "
             f"{sorted(chunks)}; set a divisor, for example 1"
+        )
+
+
+def _chunk_layers(config: RunConfig) -> set[int]:
+    """Layers of the model chunks, each number once."""
+    p, layers = config.parallel, config.model.num_layers
+    ends = [n for n in (p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage) if n is not None]
+    middle_stages = p.pipeline_model_parallel_size - len(ends)
+    stages = [*ends, *([(layers - sum(ends)) // middle_stages] if middle_stages > 0 else [])]
+    return {stage // (p.virtual_pipeline_model_parallel_size or 1) for stage in stages}
+
+
+def _offload(config: RunConfig) -> Iterator[str]:
+    """Every model chunk must have the layers that are offloaded, and they must keep something."""
+    p, least = config.parallel, min(_chunk_layers(config))
+    if p.offload_layers > least:
+        yield (
+            f"parallel.offload_layers = {p.offload_layers}: must not exceed the {least} layers of the smallest model "
+            "chunk; lower it"
+        )
+    if p.offload_layers and p.recompute_granularity == "full":
+        yield (
+            f"parallel.offload_layers = {p.offload_layers}: parallel.recompute_granularity=full keeps nothing but "
+            "layers' inputs; set 0, or selective recompute"
         )
 
 
@@ -354,6 +381,21 @@ def _cache(config: RunConfig) -> Iterator[str]:
             f"data.encoding_cache = {config.data.encoding_cache}: holds means, but encoders.posterior = "
             f"{config.encoders.posterior}; set encoders.posterior=mean or data.encoding_cache=''"
         )
+
+
+def _row_group_cache(d: DataConfig) -> Iterator[str]:
+    """Files of the cache must not be taken for data."""
+    if not d.row_group_cache:
+        return
+    folder = Path(d.row_group_cache).resolve()
+    for source in d.sources:
+        parts = Path(source.path.removeprefix("file://")).parts
+        above = Path(*takewhile(lambda part: not set(part) & set("*?["), parts)).resolve()
+        if source.path and folder.is_relative_to(above):
+            yield (
+                f"data.row_group_cache = {d.row_group_cache}: lies in the folder of data.sources {source.name}; name "
+                "a folder outside it, on a disk of each node"
+            )
 
 
 def _small_vit(config: RunConfig) -> Iterator[str]:

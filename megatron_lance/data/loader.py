@@ -17,11 +17,12 @@ from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.pack_index_format import PackIndexError, PlannedRow, shaping_values
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.records import RecordReader
+from megatron_lance.data.row_group_cache import RowGroupCache
 from megatron_lance.data.tasks import MediaItem, assemble, outline
 from megatron_lance.packing.batch import PackTokens
 
 CACHE_BYTES = 1 << 29
-"""Row groups that a process keeps, over all sources; a source keeps its last one, however large."""
+"""Row groups that a process keeps or has mapped, over all sources; a source keeps its last one, however large."""
 
 
 class PackReader:
@@ -48,12 +49,15 @@ class PackReader:
             PackIndexError: if the index does not match, naming what differs.
             DataSetError: if a source has no files.
             TokenizerError: if the model has too few vocabulary rows.
+            UserError: if data.row_group_cache cannot be written.
         """
         if model is not None:
             tokenizer.check_fits(model.vocab_size)
         self._config, self._index, self._tokenizer = config, index, tokenizer
         share = CACHE_BYTES // max(1, len(config.sources))
-        self._readers = {source.name: RecordReader(source, share) for source in config.sources}
+        folder = config.row_group_cache
+        cache = RowGroupCache.open(folder, config.row_group_cache_gb) if folder else None
+        self._readers = {source.name: RecordReader(source, share, cache) for source in config.sources}
         files = {name: reader.files for name, reader in self._readers.items()}
         seed = index.seed if seed is None else seed
         shaping = shaping_values(

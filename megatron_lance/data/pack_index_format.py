@@ -43,6 +43,7 @@ BATCH = 1 << 16
 RUN_TIME = (
     *("pack_index", "facts", "tokenizer"),
     *("decode", "decode_threads", "workers", "steps_ahead", "media_seconds", "encoding_cache"),
+    *("row_group_cache", "row_group_cache_gb"),
 )
 """Fields of the data section that do not shape an index."""
 

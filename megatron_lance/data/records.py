@@ -1,36 +1,30 @@
 """Records: parquet rows of every schema, addressed by (file, row).
 
-Station: parquet files -> [record] -> task -> sample.  In: the files of one source (spec/data.md section 1).  Out:
+Station: row groups -> [record] -> task -> sample.  In: cells of the files of one source (spec/data.md section 1).  Out:
 records of one shape for all schemas (system prompt, inputs in order, target) and the bytes of their media.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import posixpath
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
-from megatron_lance.data.remote import LASTING, PatientReads, is_local
+from megatron_lance.data.remote import LASTING
+from megatron_lance.data.row_group_cache import RowGroupCache
+from megatron_lance.data.row_groups import RowGroups
+from megatron_lance.data.source_files import DataSetError, SourceFile, list_files
 from megatron_lance.packing.sample import Task
 
+__all__ = ["DataSetError", "Media", "Record", "RecordError", "RecordReader", "SourceFile", "UnreachableError"]
+
 INTERLEAVE = ("interleave_array", "element_dtype_array")
-_OPEN_FILES = 16
-
-
-class DataSetError(DataError):
-    """A data set that cannot be used: no files, an unreadable file, missing columns."""
 
 
 class RecordError(DataError):
@@ -81,19 +75,6 @@ class Record:
 
 
 @dataclass(frozen=True)
-class SourceFile:
-    """A parquet file: its name below the source's folder, where it lies, its size in bytes.
-
-    `stamp` is what the file system says of its version: etag or time of change; empty if it says nothing.
-    """
-
-    name: str
-    path: str
-    size: int
-    stamp: str = ""
-
-
-@dataclass(frozen=True)
 class _Schema:
     """Columns of a flat schema; an input is a text column unless `media` names its kind."""
 
@@ -133,55 +114,22 @@ _FLAT_SCHEMAS = {
 }
 
 
-class _Lru:
-    """Values by key, bounded by total weight; the newest value stays even if it alone is heavier."""
-
-    def __init__(self, bound: int, dispose: Callable[[Any], None] | None = None) -> None:
-        self._bound, self._dispose = bound, dispose
-        self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self._weight = 0
-
-    def drop(self, key: Any) -> None:
-        """Forget the value of `key`, if there is one."""
-        value, weight = self._values.pop(key, (None, 0))
-        self._weight -= weight
-        if value is not None and self._dispose is not None:
-            self._dispose(value)
-
-    def get(self, key: Any, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value of `key`; `make` gives (value, weight) where it is absent."""
-        if key not in self._values:
-            self._values[key] = make()
-            self._weight += self._values[key][1]
-            while self._weight > self._bound and len(self._values) > 1:
-                _, (value, weight) = self._values.popitem(last=False)
-                self._weight -= weight
-                if self._dispose is not None:
-                    self._dispose(value)
-        self._values.move_to_end(key)
-        return self._values[key][0]
-
-
-_READ = ("_open", "_columns", "_interleaved", "_patiently")
-"""What a copy of a reader begins without."""
-
-
 class RecordReader:
-    """Rows of one source by (file, row); holds a bounded cache of row groups, one column each.
+    """Rows of one source by (file, row); keeps a bounded number of row groups, one column each.
 
-    Reads of remote or mounted storage are repeated where they fail for a moment.  A copy made by pickling opens files
-    of its own.
+    A copy made by pickling opens files of its own.
 
     Attributes:
         files: sorted by name.
     """
 
-    def __init__(self, source: SourceConfig, cache_bytes: int = 1 << 28) -> None:
+    def __init__(self, source: SourceConfig, cache_bytes: int = 1 << 28, cache: RowGroupCache | None = None) -> None:
         """List the source's files; no file is opened.
 
         Args:
             source: path, task and form of the media.
-            cache_bytes: bound of the row-group cache, bytes.
+            cache_bytes: bound of the row groups that this process keeps, bytes.
+            cache: of the node; None: what is not kept is read from storage.
 
         Raises:
             DataSetError: if the task is unknown or no parquet file is found.
@@ -192,31 +140,14 @@ class RecordReader:
             )
         self.source = source
         self._schema = _FLAT_SCHEMAS.get(Task(source.task))
-        self._fs, self.files = _list_files(source)
-        self._by_name = {file.name: file for file in self.files}
-        self._cache_bytes = cache_bytes
-        self._reset()
-
-    def _reset(self) -> None:
-        """Begin with nothing open and nothing read."""
-        self._patiently = PatientReads()
-        self._open = _Lru(_OPEN_FILES, dispose=lambda opened: opened[0].close(force=True))
-        self._columns = _Lru(self._cache_bytes)
+        self._fs, self.files = list_files(source)
+        self._groups = RowGroups(source.name, self._fs, self.files, cache_bytes, cache)
         self._interleaved: dict[str, bool] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All but what is open or cached."""
-        return {name: value for name, value in vars(self).items() if name not in _READ}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin with nothing open and nothing read."""
-        vars(self).update(state)
-        self._reset()
 
     @property
     def retries(self) -> int:
         """Reads of remote storage that were repeated so far."""
-        return self._patiently.retries
+        return self._groups.retries
 
     def row_groups(self, file: str) -> tuple[int, ...]:
         """Rows of each row group of a file.
@@ -225,7 +156,7 @@ class RecordReader:
             DataSetError: if the file cannot be read, or its columns are not those of the task.
         """
         self._is_interleaved(file)
-        return tuple(stop - start for start, stop in pairwise(self._open_file(file)[1]))
+        return tuple(stop - start for start, stop in pairwise(self._groups.starts(file)))
 
     def row_count(self, file: str) -> int:
         """Rows of a file; errors as of `row_groups`."""
@@ -237,19 +168,7 @@ class RecordReader:
         Raises:
             DataSetError: if the file cannot be read.
         """
-        self._parquet(file)  # a file that is none says so
-
-        def read() -> str:
-            with self._fs.open(self._by_name[file].path, "rb") as stream:
-                stream.seek(-8, 2)
-                length = int.from_bytes(stream.read(4), "little")
-                stream.seek(-8 - length, 2)
-                return hashlib.sha256(stream.read(length)).hexdigest()
-
-        try:
-            return str(self._read(self._fs, self._by_name[file].path, read))
-        except OSError as error:
-            raise _unreadable(self._by_name[file].path, error) from error
+        return self._groups.footer_sha256(file)
 
     def record(self, file: str, row: int) -> Record:
         """Texts and media references of a row; flat schemas read no media column.
@@ -310,16 +229,12 @@ class RecordReader:
             if "://" in reference:
                 file_system, path = fsspec.core.url_to_fs(reference)
             else:
-                file_system, path = self._fs, posixpath.join(posixpath.dirname(self._by_name[file].path), reference)
-            return bytes(self._read(file_system, reference, lambda: file_system.cat_file(path)))
-        except (*LASTING, ValueError, ImportError) as error:  # as in _list_files
+                file_system, path = self._fs, posixpath.join(posixpath.dirname(self._groups.path(file)), reference)
+            return bytes(self._groups.patiently(file_system, reference, lambda: file_system.cat_file(path)))
+        except (*LASTING, ValueError, ImportError) as error:  # as in list_files
             raise RecordError(f"{where}: '{reference}' cannot be read ({error}); check the path") from error
         except OSError as error:
             raise UnreachableError(f"{where}: '{reference}' cannot be read ({error}); check the storage") from error
-
-    def _read(self, file_system: Any, name: str, read: Callable[[], Any]) -> Any:
-        """A read of a file system, repeated where that fails for a moment."""
-        return self._patiently(name, read, mounted=is_local(file_system))
 
     def _interleaved_record(self, file: str, row: int) -> Record:
         where = f"{self.source.name}/{file} row {row}"
@@ -351,7 +266,7 @@ class RecordReader:
         Raises:
             DataSetError: if it has neither, or interleave columns that are no lists.
         """
-        schema = self._parquet(file).schema_arrow
+        schema = self._groups.parquet(file).schema_arrow
         names = set(schema.names)
         if self._schema is not None and names.issuperset(self._schema.columns):
             return False
@@ -359,13 +274,13 @@ class RecordReader:
             kinds = [schema.field(name).type for name in INTERLEAVE]
             if not all(map(_is_list, kinds)):
                 raise DataSetError(
-                    f"{self._by_name[file].path}: {' and '.join(INTERLEAVE)} have types {kinds[0]} and {kinds[1]}; "
+                    f"{self._groups.path(file)}: {' and '.join(INTERLEAVE)} have types {kinds[0]} and {kinds[1]}; "
                     "both must be lists: write the file again"
                 )
             return True
         expected = [self._schema.columns] if self._schema is not None else []
         raise DataSetError(
-            f"{self._by_name[file].path}: lacks columns for task {self.source.task}: expected "
+            f"{self._groups.path(file)}: lacks columns for task {self.source.task}: expected "
             f"{' or '.join(', '.join(c) for c in [*expected, INTERLEAVE])}; found {', '.join(sorted(names))}; "
             f"rename the columns or correct data.sources {self.source.name}.task"
         )
@@ -375,53 +290,10 @@ class RecordReader:
 
     def _cell(self, file: str, row: int, column: str) -> Any:
         """The pyarrow scalar of a cell."""
-        starts = self._open_file(file)[1]
-        if not 0 <= row < starts[-1]:
-            raise RecordError(f"{self.source.name}/{file} row {row}: the file has {starts[-1]} rows")
-        group = bisect_right(starts, row) - 1
-
-        def read() -> pa.ChunkedArray:
-            try:
-                return self._open_file(file)[0].read_row_group(group, columns=[column]).column(0)
-            except OSError:
-                self._open.drop(file)  # a connection that failed is not used again
-                raise
-
-        def column_and_size() -> tuple[pa.ChunkedArray, int]:
-            path = self._by_name[file].path
-            try:
-                values = self._read(self._fs, path, read)
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(path, error) from error
-            return values, values.nbytes
-
-        return self._columns.get((file, group, column), column_and_size)[row - starts[group]]
-
-    def _parquet(self, file: str) -> pq.ParquetFile:
-        return self._open_file(file)[0]
-
-    def _open_file(self, file: str) -> tuple[pq.ParquetFile, list[int]]:
-        """The opened file and the first row of each of its row groups, with the number of rows behind them."""
-        if file not in self._by_name:
-            raise DataSetError(
-                f"data.sources {self.source.name}: has no file '{file}'; the source changed: run tools/prepack.py again"
-            )
-        path = self._by_name[file].path
-
-        def open_file() -> tuple[tuple[pq.ParquetFile, list[int]], int]:
-            try:
-                parquet = self._read(self._fs, path, lambda: pq.ParquetFile(self._fs.open(path, "rb")))
-            except (pa.ArrowException, OSError) as error:
-                raise _unreadable(path, error) from error
-            groups = range(parquet.metadata.num_row_groups)
-            return (parquet, [0, *accumulate(parquet.metadata.row_group(g).num_rows for g in groups)]), 1
-
-        opened: tuple[pq.ParquetFile, list[int]] = self._open.get(file, open_file)
-        return opened
-
-
-def _unreadable(path: str, error: Exception) -> DataSetError:
-    return DataSetError(f"{path}: is not a readable parquet file ({error}); write it again or leave it out")
+        rows = self._groups.starts(file)[-1]
+        if not 0 <= row < rows:
+            raise RecordError(f"{self.source.name}/{file} row {row}: the file has {rows} rows")
+        return self._groups.cell(file, row, column)
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -454,51 +326,3 @@ def _as_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{where}: holds {type(value).__name__}, not text; correct the row")
     return value
-
-
-def _list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
-    """(file system, parquet files) of a source's file, folder or glob."""
-    if not source.path:
-        raise DataSetError(f"data.sources {source.name}: path is empty; give a file, folder or glob")
-    try:
-        fs, found, folder = _find(source.path)
-    except (OSError, ValueError, ImportError) as error:  # no rights, unknown protocol, protocol without its package
-        raise DataSetError(
-            f"data.sources {source.name}: path '{source.path}' cannot be listed ({error}); correct the path or install "
-            "what its protocol needs"
-        ) from error
-    files = tuple(
-        SourceFile(path.removeprefix(folder).lstrip("/"), path, int(info["size"]), _stamp(info))
-        for path, info in sorted(found.items())
-        if info["type"] == "file"
-    )
-    if not files:
-        raise DataSetError(
-            f"data.sources {source.name}: path '{source.path}' names no parquet file; give a file, folder or glob"
-        )
-    return fs, files
-
-
-def _stamp(info: dict[str, Any]) -> str:
-    known = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
-    return next((f"{key} {info[key]}" for key in known if key in info), "")
-
-
-def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
-    """(file system, what a path names with its details, the folder that names are relative to)."""
-    fs, root = fsspec.core.url_to_fs(path)
-    if any(c in root for c in "*?[") and not fs.exists(root):  # a name may hold them too
-        found = fs.glob(root, detail=True)
-        folder = root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
-    elif fs.isdir(root):
-        found = {name: info for name, info in fs.find(root, detail=True).items() if name.endswith(".parquet")}
-        folder = root.rstrip("/")
-    else:
-        found = {root: fs.info(root)} if fs.isfile(root) else {}
-        folder = root.rpartition("/")[0]
-    return fs, {name: _behind_link(fs, info) for name, info in found.items()}, folder
-
-
-def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """The details of a file; of what it leads to where it is a link, as in the cache of a hub."""
-    return dict(fs.info(os.path.realpath(info["name"]))) if info.get("islink") else info

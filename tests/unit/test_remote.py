@@ -18,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from megatron_lance.config.schema import SourceConfig
 from megatron_lance.data.records import DataSetError, RecordError, RecordReader
 from megatron_lance.data.remote import ATTEMPTS, PatientReads, is_local
+from megatron_lance.profiling.benchmarks.counted_files import CountedFileSystem
 
 
 class Moody(MemoryFileSystem):
@@ -78,14 +79,14 @@ def test_reads_that_fail_for_a_moment_are_repeated(rows: RecordReader, caplog: p
 
 def test_a_column_is_read_from_a_file_opened_anew(rows: RecordReader, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows.row_count("a.parquet") == 2
-    first = rows._parquet("a.parquet")
+    first = rows._groups.parquet("a.parquet")
 
     def lost(*args: Any, **kwargs: Any) -> Any:
         raise OSError("connection lost")
 
     monkeypatch.setattr(first, "read_row_group", lost)
     assert rows.record("a.parquet", 1).inputs == ("a dog",)
-    assert rows.retries == 1 and rows._parquet("a.parquet") is not first
+    assert rows.retries == 1 and rows._groups.parquet("a.parquet") is not first
 
 
 def test_what_lasts_is_said_after_some_attempts_or_at_once(rows: RecordReader) -> None:
@@ -98,6 +99,22 @@ def test_what_lasts_is_said_after_some_attempts_or_at_once(rows: RecordReader) -
     assert rows.retries == ATTEMPTS - 1
     with pytest.raises(DataSetError, match=r"a.parquet: is not a readable parquet file .*Connection reset"):
         RecordReader(rows.source).row_count("a.parquet")
+
+
+def test_of_an_object_store_no_more_is_asked_for_than_is_wanted(tmp_path: Path) -> None:
+    """Where fsspec's buffered files read megabytes ahead."""
+    media = [bytes([number]) * 1_000_000 for number in range(6)]
+    table = pa.table({"caption": ["a"] * 6, "image_bytes": media})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="none", use_dictionary=False)
+    storage = fsspec.filesystem(CountedFileSystem.protocol)
+    reader = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i"))
+    assert reader.row_count("a.parquet") == 6
+    before = storage.bytes_read
+    assert [reader.media("a.parquet", row, "image_bytes") for row in (4, 1)] == [media[4], media[1]]
+    assert 2_000_000 <= storage.bytes_read - before < 2_010_000
+    with storage.open(f"{tmp_path}/a.parquet") as file:
+        before = storage.bytes_read
+        assert file.read(10) and storage.bytes_read - before > 5_000_000
 
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:

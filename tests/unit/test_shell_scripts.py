@@ -109,6 +109,7 @@ def test_a_stopped_job_goes_back_into_the_queue(tmp_path: Path, code: int, resta
     variables = {
         **{"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "node[7-8]"},
         **{"SLURM_RESTART_COUNT": str(restarts), "CONFIG": "stage.yaml", "PYTHON": "python3"},
+        "ROW_GROUP_CACHE": "/local/groups" if requeued else "",
     }
     job = subprocess.run(
         ["bash", "examples/slurm/one_node.sbatch", "training.seed=3"],
@@ -122,7 +123,7 @@ def test_a_stopped_job_goes_back_into_the_queue(tmp_path: Path, code: int, resta
     srun = (tmp_path / "srun").read_text(encoding="utf-8").strip()
     assert srun.endswith(
         "examples/slurm/rank.sh python3 -m megatron_lance.training.train --config stage.yaml training.resume=auto "
-        "training.seed=3"
+        f"{'data.row_group_cache=/local/groups ' if requeued else ''}training.seed=3"
     )
     told = tmp_path / "told"
     assert told.is_file() == requeued

@@ -192,6 +192,8 @@ def test_choices(field: str) -> None:
         ("training.train_iters", "0", "must be positive"),
         ("training.max_nonfinite_steps", "0", "must be positive"),
         ("data.epochs", "0", "must be positive"),
+        ("data.row_group_cache_gb", "0", "must be positive"),
+        ("data.row_group_cache_gb", "-1.5", "must be positive"),
         ("data.vae_resolution", "31", "must be at least 32 for every bucket to hold a 16-pixel cell"),
         ("data.vit_resolution", "36", "must be at least 37 for every bucket to hold a 28-pixel cell"),
         ("training.seed", "-1", "must not be negative"),
@@ -213,6 +215,30 @@ def test_values(field: str, value: str, rule: str) -> None:
     line = only_problem(tiny(f"{field}={value}"), 1)
     assert line.startswith(f"{field} = ")
     assert rule in line
+
+
+@pytest.mark.parametrize(
+    ("path", "cache", "refused"),
+    [
+        ("data/a", "data/a", True),
+        ("data/a", "data/a/cache", True),
+        ("data/a/*.parquet", "data/a/x/../cache", True),
+        ("file:///data/a", "/data/a/cache", True),
+        ("data/a", "data/b", False),
+        ("data/a", "data", False),
+        ("data/a.parquet", "data/cache", False),
+        ("s3://data/a", "data/a", False),
+    ],
+)
+def test_a_cache_of_row_groups_is_not_taken_for_data(path: str, cache: str, refused: bool) -> None:
+    config = tiny(f"data.sources.1.path={path!r}", f"data.row_group_cache={cache}")
+    if refused:
+        assert only_problem(config, 1) == (
+            f"data.row_group_cache = {cache}: lies in the folder of data.sources b; name a folder outside it, on a "
+            "disk of each node"
+        )
+    else:
+        validate(config, 1)
 
 
 def test_some_source_needs_weight() -> None:

@@ -1,8 +1,9 @@
 """Benchmark of reading: bytes of row groups that storage gives per byte that packs use.
 
 Station: synthetic samples of a stage -> mixture -> packs of steps -> dealt to nodes -> [figures] -> tools/bench.py.
-Nothing is read: each task has a source of its own, of pictures of 250 kB and clips of 500 kB a second in row groups of
-one size, and a node reads a row group whole when one of its packs needs a row of it, unless its cache still holds it.
+Nothing is read (row_group_reads.py reads): each task has a source of its own, of pictures of 250 kB and clips of 500 kB
+a second in row groups of one size, and a node, whose processes share what they read (data.row_group_cache), reads a row
+group whole when one of its packs needs a row of it, unless its cache still holds it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from megatron_lance.config.schema import ModelConfig
@@ -38,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixed", type=int, nargs="+", default=[1, 8, 64], help="data.mixing_row_groups, several")
     parser.add_argument("--samples", type=int, default=25000, help="samples (default 25000)")
     parser.add_argument("--group-mb", type=float, default=64.0, help="size of a row group (default 64)")
-    parser.add_argument("--cache-gb", type=float, default=64.0, help="of a node, for row groups (default 64)")
+    parser.add_argument("--cache-gb", type=float, nargs="+", default=[12, 16, 64], help="of a node (default 12 16 64)")
+    parser.add_argument("--step-seconds", type=float, default=6.5, help="for bytes per second (default: planned CT)")
 
 
 def media_bytes(sample: Sample) -> int:
@@ -99,23 +101,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = [(s.length, mask_pairs(s.segments), task) for s, task in zip(samples, tasks, strict=True)]
     steps = list(pack_steps(iter(rows), shape, 0))
     group_bytes = 1e6 * args.group_mb
-    curve = []
+    curve, used = [], 0
+    whole = [step for step in steps if len(step) == packs]
     for mixed in args.mixed:
         groups = _groups(tasks, sizes, group_bytes, mixed, 0)
-        for nodes in args.nodes:
-            caches = [NodeCache(int(1e9 * args.cache_gb / group_bytes)) for _ in range(nodes)]
+        for cache_gb, nodes in product(args.cache_gb, args.nodes):
+            caches = [NodeCache(int(1e9 * cache_gb / group_bytes)) for _ in range(nodes)]
             used = 0
-            for step in steps:
+            for step in whole:
                 costs = [sum(rows[i][1] + round(cost * rows[i][0]) for i in pack) for pack in step]
-                for replica, mine in enumerate(deal_packs(costs, args.dp) if len(step) == packs else []):
+                for replica, mine in enumerate(deal_packs(costs, args.dp)):
                     for sample in (i for pack in mine for i in step[pack]):
                         caches[replica * nodes // args.dp].use(groups[sample])
                         used += sizes[sample]
             read = sum(cache.read for cache in caches) * group_bytes
-            curve.append({"mixing_row_groups": mixed, "nodes": nodes, "bytes_read_per_byte_used": read / used})
+            rate = read / len(whole) / nodes / args.step_seconds / 1e6
+            figures = {"bytes_read_per_byte_used": read / used, "node_mb_per_second": rate}
+            curve.append({"mixing_row_groups": mixed, "cache_gb": cache_gb, "nodes": nodes, **figures})
+    names = ("stage", "dp", "micro_batches", "samples", "group_mb", "step_seconds")
     return {
-        **{name: getattr(args, name) for name in ("stage", "dp", "micro_batches", "samples", "group_mb", "cache_gb")},
+        **{name: getattr(args, name) for name in names},
         "steps": len(steps),
+        "bytes_used_per_step": used / len(whole),
+        "used_mb_per_second": used / len(whole) / args.step_seconds / 1e6,
         "curve": curve,
     }
 
@@ -125,10 +133,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"stage {result['stage']}, dp {result['dp']} x {result['micro_batches']} micro-batches, {result['steps']} "
-            f"steps, row groups of {result['group_mb']:g} MB, {result['cache_gb']:g} GB of cache per node",
-            f"{'mixed':>6} {'nodes':>6} {'read / used':>12}",
+            f"steps, row groups of {result['group_mb']:g} MB",
+            f"{result['bytes_used_per_step'] / 1e6:.0f} MB used per step, {result['used_mb_per_second']:.0f} MB/s at "
+            f"{result['step_seconds']:g} s a step",
+            f"{'mixed':>6} {'cache GB':>9} {'nodes':>6} {'read / used':>12} {'MB/s a node':>12}",
             *(
-                f"{one['mixing_row_groups']:>6} {one['nodes']:>6} {one['bytes_read_per_byte_used']:>12.2f}"
+                f"{one['mixing_row_groups']:>6} {one['cache_gb']:>9g} {one['nodes']:>6} "
+                f"{one['bytes_read_per_byte_used']:>12.2f} {one['node_mb_per_second']:>12.0f}"
                 for one in result["curve"]
             ),
         ]
