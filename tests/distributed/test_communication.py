@@ -8,11 +8,11 @@ import pytest
 
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.profiling.communication import gathered_keys_values, head_splitting, qkv_over_tp, ring
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 def test_formulas_are_what_is_counted() -> None:
-    output = torchrun(4, "tests/distributed/run_communication.py")
+    output = on_ranks(4, "tests/distributed/run_communication.py")
     (line,) = [line for line in output.splitlines() if line.startswith("RESULTS")]
     results = json.loads(line.removeprefix("RESULTS"))
     layouts = ("cp4", "tp2-cp2", "tp4", "cp4-recompute")  # recomputed attention sends nothing again

@@ -12,7 +12,7 @@ from megatron_lance.checkpoint.hf_export import export_lance
 from megatron_lance.checkpoint.hf_import import import_lance
 from megatron_lance.checkpoint.manifest import check_digests, open_checkpoint
 from megatron_lance.checkpoint.view import all_keys, differences, open_public
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.unit.test_conversion import MODEL, differing, release, write_release
 
@@ -38,7 +38,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_lance(folder / "in", folder / "checkpoint")
     script = str(REPOSITORY / "tests" / "distributed" / "run_conversion.py")
     layouts = [f"{name}={degrees}" for name, degrees in LAYOUTS.items()]
-    torchrun(4, script, str(folder / "checkpoint"), str(folder / "layouts"), *layouts)
+    on_ranks(4, script, str(folder / "checkpoint"), str(folder / "layouts"), *layouts)
     return folder
 
 

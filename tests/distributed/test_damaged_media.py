@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
 
@@ -20,7 +20,7 @@ NEVER_USED = {"empty", "no video stream", "begin lost", "all zeros", "huge heade
 
 def test_every_damaged_file_has_an_outcome(tiny_run: TinyRun, tmp_path: Path) -> None:
     bench = [str(REPOSITORY / "tools" / "bench.py"), "damaged-media", "--json", str(tmp_path / "result.json")]
-    torchrun(2, *bench, "--tokenizer", str(tiny_run.folder / "tokenizer"))
+    on_ranks(2, *bench, "--tokenizer", str(tiny_run.folder / "tokenizer"))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["ranks"] == 2 and result["files"] == len(result["outcomes"]) > 100
     assert all(result["ranks_agree"].values())

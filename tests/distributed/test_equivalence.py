@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from megatron_lance.parity.equivalence import FEW, LAYOUTS
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 def test_a_few_layouts_agree_with_one_rank(tmp_path: Path) -> None:
     file = tmp_path / "equivalence.json"
-    output = torchrun(8, "tools/check_equivalence.py", "--few", f"--json={file}")
+    output = on_ranks(8, "tools/check_equivalence.py", "--few", f"--json={file}")
     assert [line.split()[:2] for line in output.splitlines() if line.startswith("ok")] == [["ok", n] for n in FEW]
     record = json.loads(file.read_text())
     assert set(record["layouts"]) == set(FEW) and record["losses"][0] != record["losses"][1]
@@ -24,5 +24,5 @@ def test_a_few_layouts_agree_with_one_rank(tmp_path: Path) -> None:
 
 def test_gathered_keys_on_context_parallel_ranks_agree_with_one_rank() -> None:
     """The plan of variable-length attention, computed by plain torch, where a rank has some of the queries."""
-    output = torchrun(2, "tools/check_equivalence.py", "--layout", "cp2", "--attention", "varlen_emulated")
+    output = on_ranks(2, "tools/check_equivalence.py", "--layout", "cp2", "--attention", "varlen_emulated")
     assert [line.split()[:2] for line in output.splitlines() if line.startswith("ok")] == [["ok", "cp2"]]

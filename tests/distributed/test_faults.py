@@ -16,7 +16,7 @@ from megatron_lance.checkpoint.manifest import checkpoint_at
 from megatron_lance.config.errors import ExitCode
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.training.events import read_events
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun, with_validation
 
@@ -78,7 +78,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Fault
     found.add("look", "validation.interval=3", fault="look", step=3, config=held.config)
     found.add("no_way_back", *SPIKE, "training.save_interval=0", fault="spike", step=5)
     found.add("slow", "training.straggler_factor=0.01", "training.straggler_interval=3")
-    torchrun(2, SCRIPT, found.plan())
+    on_ranks(2, SCRIPT, found.plan())
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_rewound_run_is_the_run_that_goes_on_from_its_checkpoint(faults: Fault
     """Bit for bit: nothing of the steps that were taken back is left, and what is left out is in the checkpoint."""
     step4 = faults.folder / "spike" / "checkpoints" / "step_00000004"
     faults.add("resumed", *SPIKE, f"training.resume={step4}")
-    torchrun(2, SCRIPT, faults.plan())
+    on_ranks(2, SCRIPT, faults.plan())
     rewound = faults.losses("spike")
     assert faults.losses("resumed") == {step: rewound[step] for step in range(5, STEPS + 1)}
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.encoders.offline import encode_index
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.distributed
 
 
 def test_restarts_on_other_layouts_lose_and_repeat_no_sample(tiny_run: TinyRun, tmp_path: Path) -> None:
-    torchrun(2, str(FOLDER / "run_feed.py"), str(tmp_path), str(tiny_run.config), *LAYOUTS)
+    on_ranks(2, str(FOLDER / "run_feed.py"), str(tmp_path), str(tiny_run.config), *LAYOUTS)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     run = tiny_run.load()
     index = PackIndex.open(run.data.pack_index)
@@ -53,7 +53,7 @@ def test_training_with_workers_or_a_cache_gives_the_same_bits(tiny_run: TinyRun,
         "cached": f"data.workers=1 {cache}",
     }
     trainings = [f"training.run_dir={tmp_path / n} training.train_iters=4 {TP} {s}" for n, s in settings.items()]
-    torchrun(2, str(FOLDER / "run_training.py"), str(tiny_run.config), *trainings)
+    on_ranks(2, str(FOLDER / "run_training.py"), str(tiny_run.config), *trainings)
     runs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in settings
     ]

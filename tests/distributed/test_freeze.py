@@ -15,7 +15,7 @@ from megatron_lance.checkpoint.hf_lance import RandomSource, bindings, public_sh
 from megatron_lance.checkpoint.manifest import checkpoint_at
 from megatron_lance.checkpoint.public_files import WEIGHTS_FILE
 from megatron_lance.model.freeze import FREEZE_SETS, is_frozen
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
 
@@ -57,7 +57,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_run: TinyRun) -> Path:
         ):
             plan = folder / f"{name}.json"
             plan.write_text(json.dumps([j for kind, s in parts for j in jobs(tiny_run, folder / kind, ranks, *s)]))
-            torchrun(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
+            on_ranks(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_lance.parity.golden import case_files
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import shared_path
 
 pytestmark = pytest.mark.distributed
@@ -30,7 +30,7 @@ def check_parity(folder: Path, degrees: dict[str, int], exit_code: int = 0) -> l
     """The tool's lines, one per case (and one per quantity out of tolerance)."""
     ranks = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1)
     options = [word for name, degree in degrees.items() for word in (f"--{name}", str(degree))]
-    output = torchrun(ranks, "tools/check_parity.py", "--golden", str(folder), *options, exit_code=exit_code)
+    output = on_ranks(ranks, "tools/check_parity.py", "--golden", str(folder), *options, exit_code=exit_code)
     return [line.strip() for line in output.splitlines() if line.strip().startswith(("ok ", "FAIL "))]
 
 
@@ -53,7 +53,7 @@ def test_golden_sampling(layout: str) -> None:
     ranks = degrees.get("tp", 1) * degrees.get("pp", 1) * degrees.get("cp", 1)
     options = [word for name, degree in degrees.items() for word in (f"--{name}", str(degree))]
     folder = shared_path("golden")
-    output = torchrun(ranks, "tools/check_parity.py", "--sampling", str(folder), *options)
+    output = on_ranks(ranks, "tools/check_parity.py", "--sampling", str(folder), *options)
     (line,) = [line for line in output.splitlines() if line.strip().startswith(("ok ", "FAIL "))]
     assert line.startswith("ok   sampling_case1_t2i"), line
     assert all(f"sampling {name} " in line for name in ("x", "v_cond", "v_uncond", "latent")), line

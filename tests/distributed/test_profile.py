@@ -10,7 +10,7 @@ import pytest
 from megatron_lance.profiling.throughput import SHOWN
 from megatron_lance.profiling.trace import EXPOSED
 from tests.command import Commander
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 
 TOOL, TINY = "tools/profile_throughput.py", str(REPOSITORY / "examples" / "configs" / "tiny.yaml")
@@ -22,7 +22,7 @@ def test_synthetic_packs_on_two_ranks(tmp_path: Path, command: Commander) -> Non
     overrides = [*SMALL, "model.latent_position_size=64", "model.latent_position_frames=31"]
     options = ["--stage", "ct3", "--steps", "2", "--warmup", "1", "--trace", "--out", str(tmp_path)]
     degrees = "parallel.tensor_model_parallel_size=2"
-    output = torchrun(2, TOOL, "--config", TINY, *options, degrees, *overrides)
+    output = on_ranks(2, TOOL, "--config", TINY, *options, degrees, *overrides)
     assert "step p20" in output and "MFU -" in output
     profile = json.loads((tmp_path / "profile.json").read_text())
     assert profile["layout"] == {"tp": 2, "cp": 1, "pp": 1, "vpp": 1, "dp": 1}

@@ -16,7 +16,7 @@ import torch
 from megatron_lance.checkpoint.hf_lance import POSITION_KEY, RandomSource
 from megatron_lance.checkpoint.manifest import DP_RESHARDABLE, FULLY_RESHARDABLE, open_checkpoint
 from megatron_lance.checkpoint.view import CheckpointView
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.stored import assert_equal_tensors, stored_tensors
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
@@ -63,7 +63,7 @@ class Runs:
     def do(self, ranks: int, jobs: list[dict[str, Any]]) -> None:
         plan = self.folder / "jobs.json"
         plan.write_text(json.dumps(jobs), encoding="utf-8")
-        torchrun(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
+        on_ranks(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
 
     def step(self, name: str, step: int) -> Path:
         return self.folder / name / "checkpoints" / f"step_{step:08d}"
@@ -140,4 +140,4 @@ def test_without_a_decay_nothing_is_averaged(runs: Runs) -> None:
 
 def test_averages_are_exchanged_for_weights_and_back(tiny_run: TinyRun) -> None:
     script = str(REPOSITORY / "tests" / "distributed" / "run_ema.py")
-    torchrun(2, script, str(tiny_run.config), f"training.ema_decay={DECAY}")
+    on_ranks(2, script, str(tiny_run.config), f"training.ema_decay={DECAY}")

@@ -15,7 +15,7 @@ from megatron_lance.checkpoint.hf_export import export_lance
 from megatron_lance.checkpoint.hf_lance import POSITION_KEY
 from megatron_lance.checkpoint.manifest import checkpoint_at, find_checkpoint
 from megatron_lance.checkpoint.public_files import WEIGHTS_FILE
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.stored import assert_equal_tensors, stored_tensors
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
@@ -77,7 +77,7 @@ class Runs:
         """One new process per rank for all jobs."""
         plan = self.folder / "jobs.json"
         plan.write_text(json.dumps(jobs), encoding="utf-8")
-        torchrun(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
+        on_ranks(ranks, str(REPOSITORY / "tests" / "distributed" / "run_resume.py"), str(plan))
 
     def metrics(self, kind: str, name: str) -> list[dict[str, Any]]:
         lines = (self.run_dir(kind, name) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks, torchrun
 from tests.tiny import PROMPTS, TinyRun, jpeg, mp4, write_weights
 
 
 def test_cached_on_any_layout_equals_uncached_on_one_rank() -> None:
-    output = torchrun(2, "tests/distributed/run_sampling.py")
+    output = on_ranks(2, "tests/distributed/run_sampling.py")
     (line,) = [line for line in output.splitlines() if line.startswith("RESULTS")]
     results = json.loads(line.removeprefix("RESULTS"))
     tasks = {"v_edit", "t2i", "t2v", "s2i", "ff2v", "flf2v", "i_edit", "s2v"}
@@ -47,7 +47,7 @@ def test_replicas_share_a_list_out(sample_line: list[str], tmp_path: Path) -> No
     notes, passes = {}, {}
     for ranks in (1, 2):
         out = tmp_path / f"out{ranks}"
-        output = torchrun(ranks, *sample_line, "--out", str(out))
+        output = on_ranks(ranks, *sample_line, "--out", str(out))
         notes[ranks] = [json.loads(text) for text in (out / "samples.jsonl").read_text().splitlines()]
         passes[ranks] = f"{-(-len(PROMPTS) // ranks)}/{-(-len(PROMPTS) // ranks)}" in output
     assert notes[1] == notes[2] and len(notes[1]) == len(PROMPTS)

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 
 
 @pytest.mark.distributed
 def test_formulas_are_what_a_step_moves() -> None:
     """By axis and rank within 2%: buckets are padded, and a few sums of single numbers are not in the formulas."""
-    output = torchrun(4, "tests/distributed/run_step_traffic.py")
+    output = on_ranks(4, "tests/distributed/run_step_traffic.py")
     (line,) = [line for line in output.splitlines() if line.startswith("RESULTS")]
     wrong = {}
     for name, result in json.loads(line.removeprefix("RESULTS")).items():

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_lance.checkpoint.digests import DIGESTS_FILE, read_digests
 from megatron_lance.checkpoint.manifest import check_digests, checkpoint_at, open_checkpoint
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.distributed.stored import assert_equal_tensors, stored_tensors
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
@@ -55,7 +55,7 @@ class Trouble:
     def run(self) -> None:
         plan = self.folder / "jobs.json"
         plan.write_text(json.dumps(self.jobs), encoding="utf-8")
-        torchrun(2, str(REPOSITORY / "tests" / "distributed" / "run_store.py"), str(plan))
+        on_ranks(2, str(REPOSITORY / "tests" / "distributed" / "run_store.py"), str(plan))
         self.jobs = []
 
     def said(self, name: str) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_lance.data.loader import PackReader
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.data.prepack import prepack
 from megatron_lance.data.prompt import Tokenizer
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks, torchrun
 from tests.shared import REPOSITORY, shared_path
 from tests.tiny import TinyRun, write_weights
 
@@ -91,8 +91,8 @@ def metrics(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     folder = tmp_path_factory.mktemp("layouts")
     trainings = {name: f"{overrides} training.train_iters={STEPS}" for name, overrides in LAYOUTS.items()}
     trainings["bf16"] = f"{BF16} training.train_iters=5"
-    torchrun(1, SCRIPT, str(config), f"training.run_dir={folder / 'one'} training.train_iters={STEPS}")
-    torchrun(2, SCRIPT, str(config), *(f"training.run_dir={folder / n} {text}" for n, text in trainings.items()))
+    on_ranks(1, SCRIPT, str(config), f"training.run_dir={folder / 'one'} training.train_iters={STEPS}")
+    on_ranks(2, SCRIPT, str(config), *(f"training.run_dir={folder / n} {text}" for n, text in trainings.items()))
     return {name: read_metrics(folder / name) for name in ("one", *trainings)}
 
 

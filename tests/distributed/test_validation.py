@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_lance.data.pack_index import PackIndex
 from tests.command import Commander
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 from tests.tiny import PROMPTS, TinyRun, with_validation
 
@@ -53,12 +53,12 @@ def runs(held: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def training(name: str, overrides: str) -> str:
         return f"training.run_dir={folder / name} {overrides}"
 
-    torchrun(1, SCRIPT, str(held.config), training("one", f"{STILL} {prompts}"))
+    on_ranks(1, SCRIPT, str(held.config), training("one", f"{STILL} {prompts}"))
     trainings = [training(name, f"{STILL} {prompts} {degrees}") for name, degrees in LAYOUTS.items()]
     for name in ("dp2-overlap", "vpp2"):
         for looked, options in {"alone": "validation.pack_index=''", "looked": "", "average": prompts}.items():
             trainings.append(training(f"{name}-{looked}", f"{MOVING} {options} {LAYOUTS[name]}"))
-    torchrun(2, SCRIPT, str(held.config), *trainings)
+    on_ranks(2, SCRIPT, str(held.config), *trainings)
     return folder
 
 
