@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def read(path: Path) -> pa.ChunkedArray:
         OSError: if it cannot be read.
     """
     with path.open("rb") as file:
-        os.utime(file.fileno())
+        with suppress(OSError):  # another user's, or on a disk that became read-only
+            os.utime(file.fileno())
         whole = _bytes_of(file.fileno())
     values = _values(whole)
     if whole[whole.size - SEAL_BYTES :].to_pybytes() != _seal(whole, values):

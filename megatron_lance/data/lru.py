@@ -12,10 +12,18 @@ from typing import Any
 
 
 class Lru:
-    """Values by key, bounded by total weight; the newest value stays even if it alone is heavier."""
+    """Values by key, bounded by total weight; the newest value stays even if it alone is heavier.
 
-    def __init__(self, bound: int, dispose: Callable[[Any], None] | None = None) -> None:
-        self._bound, self._dispose = bound, dispose
+    Args:
+        bound: of the total weight.
+        dispose: called with values that are dropped.
+        unit: of a key; values of the newest one's unit stay with it.
+    """
+
+    def __init__(
+        self, bound: int, dispose: Callable[[Any], None] | None = None, unit: Callable[[Any], Any] = lambda key: key
+    ) -> None:
+        self._bound, self._dispose, self._unit = bound, dispose, unit
         self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
         self._weight = 0
 
@@ -31,10 +39,14 @@ class Lru:
         if key not in self._values:
             self._values[key] = make()
             self._weight += self._values[key][1]
-            while self._weight > self._bound and len(self._values) > 1:
-                _, (value, weight) = self._values.popitem(last=False)
-                self._weight -= weight
-                if self._dispose is not None:
-                    self._dispose(value)
+            self._shrink(self._unit(key))
         self._values.move_to_end(key)
         return self._values[key][0]
+
+    def _shrink(self, kept: Any) -> None:
+        """Drop values until the bound holds, but none of a unit."""
+        while self._weight > self._bound:
+            oldest = next((key for key in self._values if self._unit(key) != kept), None)
+            if oldest is None:
+                return
+            self.drop(oldest)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -36,8 +37,11 @@ PATIENCE_SECONDS = 60.0
 """That a process waits for another one's read before it reads too."""
 PAUSE_SECONDS = 60.0
 """That nothing is written after something failed."""
-_KEPT = re.compile(r"[0-9a-f]{32}\.row_group")
-_PARTIAL = re.compile(r"[0-9a-f]{32}\.row_group\.partial")
+SPARED = 0.1
+"""Of its disk, at most as much as its bound, that is left to others: in /dev/shm the pixels of steps ahead lie too."""
+_CLOCK_NS = 60 * 10**9
+"""A file used later than that from now, before the clock was set back, counts as long unused."""
+_FILE = re.compile(r"[0-9a-f]{32}\.row_group(\.partial)?")
 
 T = TypeVar("T")
 
@@ -102,18 +106,18 @@ class RowGroupCache:
             gigabytes: data.row_group_cache_gb.
 
         Raises:
-            UserError: if the folder cannot be made or written.
+            UserError: if the folder cannot be made or written, or does not lie on a disk of this node.
         """
-        probe = Path(folder) / f".probe-{os.getpid()}"
+        remedy = "name a folder on a disk of this node, or set data.row_group_cache=''"
         try:
-            probe.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink(missing_ok=True)  # a process of another container may have the same number
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(prefix=".probe-", dir=folder) as probe:
+                locks = _locks(Path(probe.name))
         except OSError as error:
-            raise UserError(
-                f"data.row_group_cache '{folder}': cannot be written ({error.strerror}); name a folder on a disk of "
-                "this node, or set data.row_group_cache=''"
-            ) from error
+            cause = f"cannot be written ({error.strerror})"
+            raise UserError(f"data.row_group_cache '{folder}': {cause}; {remedy}") from error
+        if not locks:
+            raise UserError(f"data.row_group_cache '{folder}': has the locks of a network file system; {remedy}")
         return cls(folder, round(1e9 * gigabytes))
 
     def get(self, key: GroupColumn, read: Callable[[], pa.ChunkedArray]) -> pa.ChunkedArray:
@@ -186,25 +190,40 @@ class RowGroupCache:
         Raises:
             OSError: if the disk has no room whatever is removed.
         """
-        kept, total = [], 0
-        for entry in os.scandir(self._folder):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                if _PARTIAL.fullmatch(entry.name) and not _remove_if_dead(Path(entry.path)):
-                    total += entry.stat().st_size
-                elif _KEPT.fullmatch(entry.name):
-                    kept.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
-                    total += entry.stat().st_size
-        excess, lacking = total - self._bound, size - shutil.disk_usage(self._folder).free
+        kept, total = self._files()
+        disk = shutil.disk_usage(self._folder)
+        spared = min(round(SPARED * disk.total), self._bound)
+        excess, lacking = total - self._bound, size + spared - disk.free
         if lacking > max(excess, 0):
-            self._say("disk", f"its disk is full before data.row_group_cache_gb {self._bound / 1e9:g} is reached")
+            self._say(
+                "disk",
+                f"its disk is full before data.row_group_cache_gb {self._bound / 1e9:g} is reached "
+                f"({spared / 1e9:.3g} GB are left to others); lower it, or make room",
+            )
         for _, freed, path in sorted(kept):
             if excess <= 0 and lacking <= 0:
                 break
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
             excess, lacking = excess - freed, lacking - freed
         if lacking > 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
         return excess <= 0
+
+    def _files(self) -> tuple[list[tuple[int, int, str]], int]:
+        """(time of use, size, path) of the files, and their bytes with those being written; dead partial ones leave."""
+        kept, total, latest = [], 0, time.time_ns() + _CLOCK_NS
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                name = _FILE.fullmatch(entry.name)
+                if name is None or (name[1] and _remove_if_dead(Path(entry.path))):
+                    continue
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    found = entry.stat()
+                    total += found.st_size
+                    if not name[1]:
+                        used = found.st_mtime_ns
+                        kept.append((used if used <= latest else 0, found.st_size, entry.path))
+        return kept, total
 
     def _say_large(self, key: GroupColumn) -> None:
         gigabytes, bound = key.nbytes / 1e9, self._bound / 1e9
@@ -255,6 +274,17 @@ def _claim(partial: Path) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
+
+
+def _locks(path: Path) -> bool:
+    """Whether a lock keeps this process too from locking a file again; NFS would give it and lose the first."""
+    with path.open("r+b") as first, path.open("r+b") as second:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _remove_if_dead(partial: Path) -> bool:

@@ -36,7 +36,7 @@ class RowGroups:
         source: its name.
         file_system: of the files.
         files: of the source.
-        kept_bytes: bound of the row groups that the process keeps; it keeps at least the last one.
+        kept_bytes: bound of the row groups that the process keeps; it keeps at least the last one, all its columns.
         cache: of the node; None: there is none.
     """
 
@@ -56,7 +56,7 @@ class RowGroups:
         """Begin with nothing open and nothing read."""
         self._patiently = PatientReads()
         self._open = Lru(_OPEN_FILES, dispose=lambda opened: opened[0].close(force=True))
-        self._columns = Lru(self._kept_bytes)
+        self._columns = Lru(self._kept_bytes, unit=lambda key: key[:2])  # rows are read column after column
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what is open or kept."""
@@ -171,9 +171,12 @@ class RowGroups:
         """The opened file and the first row of each of its row groups, with the number of rows behind them."""
         path = self.path(file)
 
+        def open_parquet() -> pq.ParquetFile:
+            return pq.ParquetFile(self._stream(path), pre_buffer=False)  # it would keep the bytes it read last
+
         def open_file() -> tuple[tuple[pq.ParquetFile, list[int]], int]:
             try:
-                parquet = self.patiently(self._fs, path, lambda: pq.ParquetFile(self._stream(path)))
+                parquet = self.patiently(self._fs, path, open_parquet)
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(path, error) from error
             groups = range(parquet.metadata.num_row_groups)

@@ -15,6 +15,12 @@ import fsspec
 from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
 
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "mtime", "LastModified"),
+    *("xet_hash", "blob_id", "CRC", "Last-Modified", "last_modified", "modificationTime"),
+)
+"""Names that file systems give to the version of a file: hf and zip have hashes, http and webhdfs times."""
+
 
 class DataSetError(DataError):
     """A data set that cannot be used: no files, an unreadable file, missing columns."""
@@ -24,7 +30,7 @@ class DataSetError(DataError):
 class SourceFile:
     """A parquet file: its name below the source's folder, where it lies, its size in bytes.
 
-    `stamp` is what the file system says of its version: etag or time of change; empty if it says nothing.
+    `stamp` is what the file system says of its version: etag, hash or time of change; empty if it says nothing.
     """
 
     name: str
@@ -57,8 +63,7 @@ def list_files(source: SourceConfig) -> tuple[Any, tuple[SourceFile, ...]]:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    known = ("ETag", "etag", "md5Hash", "mtime", "LastModified")
-    return next((f"{key} {info[key]}" for key in known if key in info), "")
+    return next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key) is not None), "")
 
 
 def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
@@ -73,9 +78,20 @@ def _find(path: str) -> tuple[Any, dict[str, dict[str, Any]], str]:
     else:
         found = {root: fs.info(root)} if fs.isfile(root) else {}
         folder = root.rpartition("/")[0]
-    return fs, {name: _behind_link(fs, info) for name, info in found.items()}, folder
+    return fs, {name: _details(fs, info) for name, info in found.items()}, folder
 
 
-def _behind_link(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
-    """The details of a file; of what it leads to where it is a link, as in the cache of a hub."""
-    return dict(fs.info(os.path.realpath(info["name"]))) if info.get("islink") else info
+def _details(fs: Any, info: dict[str, Any]) -> dict[str, Any]:
+    """The details of a file; of what it leads to where it is a link, as in the cache of a hub.
+
+    Raises:
+        ValueError: if its size is not told, neither in the folder's list, as of http, nor when asked for.
+    """
+    if info.get("islink"):
+        return dict(fs.info(os.path.realpath(info["name"])))
+    if info["type"] != "file" or info["size"] is not None:
+        return info
+    asked = dict(fs.info(info["name"]))
+    if asked["size"] is None:
+        raise ValueError(f"the size of {info['name']} is not told")
+    return asked

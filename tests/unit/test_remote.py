@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import pickle
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,63 @@ def test_of_an_object_store_no_more_is_asked_for_than_is_wanted(tmp_path: Path) 
     with storage.open(f"{tmp_path}/a.parquet") as file:
         before = storage.bytes_read
         assert file.read(10) and storage.bytes_read - before > 5_000_000
+
+
+def test_open_files_keep_nothing_of_what_was_read(tmp_path: Path) -> None:
+    for number in range(6):
+        table = pa.table({"caption": ["a"], "image_bytes": [bytes([number]) * 1_000_000]})
+        pq.write_table(table, tmp_path / f"{number}.parquet", compression="none", use_dictionary=False)
+    reader = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i"), cache_bytes=1)
+    assert all(reader.row_count(file.name) == 1 for file in reader.files)
+    tracemalloc.start()
+    try:
+        for file in reader.files:
+            assert len(reader.media(file.name, 0, "image_bytes")) == 1_000_000
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_version_is_known_of_file_systems_with_hashes_only(tmp_path: Path) -> None:
+    stamps: set[str] = set()
+    for caption in ("one", "two"):
+        table, archive = tmp_path / "a.parquet", tmp_path / f"{caption}.zip"
+        pq.write_table(pa.table({"caption": [caption], "image_bytes": [b"x"]}), table)
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(table, "a.parquet")
+        reader = RecordReader(SourceConfig("a", f"zip://*.parquet::{archive}", "t2i"))
+        stamps.update(file.stamp for file in reader.files)
+    assert len(stamps) == 2 and all(stamp.startswith("CRC ") for stamp in stamps)
+
+
+class Terse(MemoryFileSystem):
+    """Its lists tell no sizes, as those of http."""
+
+    protocol = "terse"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    told = True
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("terse://").strip("/")
+
+    def find(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        return {name: info | {"size": None} for name, info in super().find(path, *args, **kwargs).items()}
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        return super().info(path, **kwargs) | ({} if self.told else {"size": None})
+
+
+def test_sizes_that_a_list_does_not_tell_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("terse", Terse, clobber=True)
+    fsspec.filesystem("terse").pipe("/set/a.parquet", b"12345")
+    source = SourceConfig("a", "terse://set", "t2i")
+    assert [file.size for file in RecordReader(source).files] == [5]
+    monkeypatch.setattr(Terse, "told", False)
+    with pytest.raises(DataSetError, match=r"cannot be listed \(the size of /set/a.parquet is not told\)"):
+        RecordReader(source)
 
 
 def test_waits_double(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,16 @@ def test_the_least_recently_used_leave_and_stay_valid_where_they_are_mapped(
     assert storage.reads == [1, 2, 3, 4, 2] and not file_of(tmp_path, 3).exists()
 
 
+def test_files_used_before_the_clock_was_set_back_leave_first(
+    cache: RowGroupCache, storage: Storage, tmp_path: Path
+) -> None:
+    for number in (1, 2, 3, 4):
+        cache.get(key(number), storage.read(number))
+        if number == 2:
+            os.utime(file_of(tmp_path, 2), (time.time() + 3600,) * 2)
+    assert set(names(tmp_path)) == {f"{key(n).digest}.row_group" for n in (1, 3, 4)}
+
+
 def test_the_bound_holds_while_several_write(tmp_path: Path) -> None:
     cache = RowGroupCache.open(str(tmp_path / "cache"), 2.5 * GROUP / 1e9)
     slow = Storage(tmp_path / "reads", 0.05)
@@ -300,16 +310,33 @@ def test_a_full_disk(
 ) -> None:
     cache.get(key(1), storage.read(1))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=GROUP // 2))
+    spared = round(3.5 * GROUP)  # by a cache of that bound on a large disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=spared + GROUP // 2))
     cache.get(key(2), storage.read(2))  # there is room once the other is gone
     assert names(tmp_path) == [f"{key(2).digest}.row_group"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=-2 * GROUP))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=spared - 2 * GROUP))
     for number in (3, 4):
         assert cache.get(key(number), storage.read(number)).equals(values(number))
     assert names(tmp_path) == [] and storage.reads == [1, 2, 3, 4]
     full, none = [record.getMessage() for record in caplog.records]
-    assert "its disk is full before data.row_group_cache_gb 0.0042 is reached" in full
+    assert "its disk is full before data.row_group_cache_gb 0.0042 is reached (0.0042 GB are left to others); " in full
     assert "[Errno 28] No space left on device" in none
+
+
+def test_a_tenth_of_a_small_disk_is_left_to_others(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of /dev/shm, where pixels find no room otherwise."""
+    cache, folder, total = RowGroupCache.open(str(tmp_path / "cache"), 64), tmp_path / "cache", 92 * GROUP // 10
+
+    def usage(_: Path) -> shutil._ntuple_diskusage:
+        used = sum(file.stat().st_size for file in folder.glob("*.row_group"))
+        return shutil._ntuple_diskusage(total, used, total - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for number in range(12):
+        cache.get(key(number), storage.read(number))
+    assert total / 10 <= usage(folder).free < total / 10 + 1.1 * GROUP
 
 
 @pytest.mark.parametrize("damage", ["cut", "begin", "end", "seal", "empty", "offsets"])
@@ -424,6 +451,17 @@ def test_a_data_file_that_was_written_anew_is_read_anew(rows: Rows, cache: RowGr
     assert rows.reader(cache).media("a.parquet", 0, "image_bytes") == media[0]
 
 
+@pytest.mark.parametrize("kept_bytes", [1, GROUP, 10 * GROUP])
+def test_rows_read_in_order_read_each_column_once(rows: Rows, counted: list[tuple[int, str]], kept_bytes: int) -> None:
+    """As planning does, however large the row groups are."""
+    reader = rows.reader(None, kept_bytes)
+    for row in range(6):
+        assert reader.record("a.parquet", row).inputs == (f"row {row}",)
+        assert reader.media("a.parquet", row, "image_bytes") == rows.media[row]
+    assert counted == [(group, column) for group in range(3) for column in ("caption", "image_bytes")]
+    assert len(reader._groups._columns._values) == (6 if kept_bytes > 5 * GROUP else 2)
+
+
 def test_a_process_maps_no_more_than_it_keeps(rows: Rows, tmp_path: Path) -> None:
     cache = RowGroupCache.open(str(tmp_path / "cache"), 1.5 * GROUP / 1e9)  # holds one group
     reader = rows.reader(cache, kept_bytes=round(2.5 * GROUP))
@@ -440,6 +478,27 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=rf"^data.row_group_cache '{folder}': cannot be written \(.+\); name a fol"):
             RowGroupCache.open(str(folder), 1.0)
+
+
+def test_a_folder_on_a_network_file_system_is_an_error_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)  # as on NFS, where a process may lock a file twice
+    with pytest.raises(UserError, match=r"': has the locks of a network file system; name a folder on a disk of this"):
+        RowGroupCache.open(str(tmp_path), 1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_another_user_are_used(
+    cache: RowGroupCache, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.get(key(1), storage.read(1))
+
+    def refuse(_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.get(key(1), storage.read(1)).equals(values(1)) and storage.reads == [1]
 
 
 def _with_cache(tiny_run: TinyRun, folder: Path) -> DataConfig:
