@@ -31,6 +31,7 @@ from tools import (
     prepack,
     profile_throughput,
     report,
+    run_demo,
     run_stages,
     sample,
 )
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[[], int]] = {
     "plan_parallelism": plan_parallelism.main,
     "profile_throughput": profile_throughput.main,
     "gpu_check": gpu_check.main,
+    "run_demo": run_demo.main,
     "run_stages": run_stages.main,
 }
 

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -163,7 +162,6 @@ def main() -> int:
     """Compare every layout with one rank; 0 if all agree."""
     arguments = parse_arguments()
     set_up_logging(first_rank=False)
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     chosen = _chosen(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     store, rank, world_size = next(rendezvous("env://", timeout=timedelta(minutes=30)))
     precision = arguments.precision

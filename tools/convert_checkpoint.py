@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from megatron_lance.checkpoint.manifest import Checkpoint, checkpoint_at, names_checkpoint
 from megatron_lance.checkpoint.public_files import CheckpointError, TensorFolder, parse_size
 from megatron_lance.config.errors import run_command
+from megatron_lance.config.logs import hide_library_warnings
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -166,7 +166,7 @@ def export(arguments: argparse.Namespace, progress: bool) -> int:
 def main() -> int:
     """Run; returns the exit status."""
     arguments = parse_arguments()
-    warnings.filterwarnings("ignore", module="megatron")  # what megatron-core would like to have installed
+    hide_library_warnings()
     progress = sys.stderr.isatty()
     if arguments.command == "info":
         return info(arguments.path)

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_lance.config.errors import UserError, run_command
+from megatron_lance.config.loader import load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = "examples/configs/demo.yaml"
@@ -100,7 +101,9 @@ def stages(out: Path, iters: int, extra: int, file: str, variety: float) -> list
         *([f"parallel.tensor_model_parallel_size={ranks()}"] if file == CONFIG and ranks() != 2 else []),
         *(sources if out != Path("runs/demo") else []),
     ]
-    train = ["-m", "megatron_lance.training.train", *config, *place, "training.progress=true"]
+    warmup = load_config([str(REPOSITORY / file)]).optimizer.lr_warmup_iters
+    short = [f"optimizer.lr_warmup_iters={iters // 2}"] if warmup >= iters else []
+    train = ["-m", "megatron_lance.training.train", *config, *place, *short, "training.progress=true"]
     python = [sys.executable]
     return [
         ("data", [*python, "-m", "tools.make_demo_data", f"{out}/data", f"--variety={variety:g}"]),
@@ -169,13 +172,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of the demo")
     parser.add_argument("--config", default=CONFIG, metavar="FILE", help=f"of the training (default {CONFIG})")
-    parser.add_argument("--iters", type=int, default=760, help="training steps before the resume")
-    parser.add_argument("--extra", type=int, default=25, help="training steps after the resume")
+    parser.add_argument("--iters", type=int, default=760, help="training steps before the resume (default 760)")
+    parser.add_argument("--extra", type=int, default=25, help="training steps after the resume (default 25)")
     parser.add_argument(
         "--variety", type=float, default=0.25, help="of the shapes, see tools/make_demo_data.py (default 0.25)"
     )
     parser.add_argument("--force", action="store_true", help="delete an earlier demo in DIR")
     options = parser.parse_args()
+    if options.iters < 1 or options.extra < 1:
+        raise UserError(f"--iters {options.iters} --extra {options.extra}: must be positive; correct them")
     if options.out.exists() and not options.force:
         raise UserError(f"--out {options.out}: exists; give --force to delete it, or another folder")
     shutil.rmtree(options.out, ignore_errors=True)

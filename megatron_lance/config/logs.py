@@ -14,5 +14,10 @@ def set_up_logging(first_rank: bool) -> None:
     level = logging.INFO if first_rank else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", force=True)
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    for module in ("megatron", "torch", "megatron_lance.parallel.cpu_rehearsal"):
+    hide_library_warnings()
+
+
+def hide_library_warnings() -> None:
+    """Leave out Python's warnings that megatron-core and torch give on their own account."""
+    for module in (r"megatron\.core", r"torch(\.|$)", r"megatron_lance\.parallel\.cpu_rehearsal"):
         warnings.filterwarnings("ignore", category=Warning, module=module)

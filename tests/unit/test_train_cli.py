@@ -14,12 +14,13 @@ import pytest
 import torch.distributed as dist
 
 from megatron_lance.checkpoint.manifest import checkpoint_at
-from megatron_lance.config.errors import ExitCode
+from megatron_lance.config.errors import ExitCode, UserError
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.validate import validate
 from megatron_lance.data.pack_index import PackIndex
 from megatron_lance.packing.layout import Layout
 from megatron_lance.profiling.memory import memory_per_rank
+from megatron_lance.training import train
 from tests.command import Commander
 from tests.shared import REPOSITORY
 from tests.tiny import TinyRun
@@ -49,6 +50,21 @@ def test_a_world_size_is_only_described(command: Commander, tiny_run: TinyRun) -
     assert refused.code == 2 and "--world-size: describes a run; add --dry-run or --print-config" in refused.err
 
 
+def test_without_torchrun_one_replica_is_described(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = ["--config", str(tiny_run.config), "parallel.tensor_model_parallel_size=2", "--dry-run"]
+    monkeypatch.chdir(tiny_run.folder)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert train.main(wide) == 0
+    assert "on cp 1 x tp 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="world size is 0"):
+        train.main([*wide, "--world-size", "0"])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="world size is 1"):
+        train.main(wide)
+
+
 def test_later_files_and_overrides_win_in_print_config(command: Commander, tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("optimizer: {lr: 5e-4, clip_grad: 0.5}\n", encoding="utf-8")
     line = f"train --config {tiny_run.config} --config more.yaml optimizer.lr=2e-4 --print-config training.seed=9"
@@ -69,7 +85,10 @@ def test_only_the_first_rank_prints(command: Commander, tiny_run: TinyRun, monke
 
 @pytest.mark.parametrize(
     ("ranks", "degrees"),
-    [(1, ""), (8, "parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2")],
+    [
+        (1, "parallel.offload_layers=2"),
+        (8, "parallel.tensor_model_parallel_size=2 parallel.pipeline_model_parallel_size=2"),
+    ],
 )
 def test_dry_run_tells_memory_layout_and_first_pack(
     command: Commander, tiny_run: TinyRun, ranks: int, degrees: str
@@ -98,9 +117,11 @@ def test_dry_run_leaves_nothing_behind(command: Commander, tiny_run: TinyRun, tm
 
 def test_a_run_ends_with_0_and_leaves_its_configuration(command: Commander, tiny_run: TinyRun, tmp_path: Path) -> None:
     overrides = ["training.train_iters=1", "training.run_dir=run", "model.rope_inv_freq_dtype=float32"]
+    overrides.append("parallel.offload_layers=1")
     done = command(f"train --config {tiny_run.config} {' '.join(overrides)}", folder=tmp_path)
     assert done.code == 0, done.err
     assert "step 1/1 loss" in done.err
+    assert "first layers of each model chunk that wait on the host: 1, about " in done.err
     assert load_config([str(tmp_path / "run" / "config.yaml")]) == tiny_run.load(*overrides)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
