@@ -265,13 +265,15 @@ def _chunk_layers(config: RunConfig) -> set[int]:
 
 def _offload(config: RunConfig) -> Iterator[str]:
     """Every model chunk must have the layers that are offloaded, and they must keep something."""
-    p, least = config.parallel, min(_chunk_layers(config))
-    if p.offload_layers > least:
+    p = config.parallel
+    if not p.offload_layers:
+        return
+    if p.offload_layers > (least := min(_chunk_layers(config))):
         yield (
             f"parallel.offload_layers = {p.offload_layers}: must not exceed the {least} layers of the smallest model "
             "chunk; lower it"
         )
-    if p.offload_layers and p.recompute_granularity == "full":
+    if p.recompute_granularity == "full":
         yield (
             f"parallel.offload_layers = {p.offload_layers}: parallel.recompute_granularity=full keeps nothing but "
             "layers' inputs; set 0, or selective recompute"

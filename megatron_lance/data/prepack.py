@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 _TRIES = 64
 """Rows drawn for a substitute before all are gone through."""
+_NAMED = 50
+"""Unusable rows of a source that the log names; all of them are in the index."""
 
 RowKey = tuple[int, int]
 """Number of a source, and of a row counted over its files."""
@@ -265,6 +267,7 @@ class _Planner:
         self._config, self._seed, self._sources = config, seed, sources
         self._sizing = Sizing.of(config, model)
         self._unusable: dict[RowKey, UnusableRow] = {}
+        self._named: Counter[int] = Counter()  # unusable rows, by source
 
     def costs(self, draws: Iterator[Draw], waiting: dict[int, tuple[IndexRow, Sample]]) -> Iterator[SampleCost]:
         """What the packer must know of each draw; the sample itself waits until its pack is formed.
@@ -280,10 +283,13 @@ class _Planner:
 
     def unusable_lines(self) -> list[dict[str, object]]:
         """The unusable rows for unusable.jsonl, in the order of the data."""
-        replaced = sum(len(row.substitutes) for row in self._unusable.values())
-        if self._unusable:
-            counts = len(self._unusable), replaced
-            logger.warning("%d rows are unusable; %d samples are substitutes from their sources", *counts)
+        replaced: Counter[int] = Counter()
+        for (source, _), row in self._unusable.items():
+            replaced[source] += len(row.substitutes)
+        for source, rows in sorted(self._named.items()):
+            known = self._sources[source]
+            counts = known.name, rows, known.rows, replaced[source]
+            logger.warning("source %s: %d of %d rows are unusable; %d samples are substitutes from the others", *counts)
         return [
             {**vars(row.place), "cause": row.cause, "substitutes": row.substitutes}
             for _, row in sorted(self._unusable.items())
@@ -304,8 +310,17 @@ class _Planner:
             return self._plan_row(file, place, key[0], epoch, stands_for)
         except RecordError as error:
             self._unusable[key] = UnusableRow(place, str(error), [])
-            logger.warning("unusable row: %s", self._unusable[key])
+            self._name(key)
             return None
+
+    def _name(self, key: RowKey) -> None:
+        """Say which row cannot be used; of a source with very many the first ones."""
+        self._named[key[0]] += 1
+        if self._named[key[0]] <= _NAMED:
+            logger.warning("unusable row: %s", self._unusable[key])
+        if self._named[key[0]] == _NAMED:
+            source = self._sources[key[0]].name
+            logger.warning("source %s: further unusable rows stand in unusable.jsonl of the index", source)
 
     def _plan_row(
         self, file: FileFacts, place: Place, source: int, epoch: int, stands_for: str

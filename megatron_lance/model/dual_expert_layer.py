@@ -9,15 +9,17 @@ tp rank, hn head channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, TransformerLayer
@@ -25,6 +27,7 @@ from torch import nn
 from torch.autograd.profiler import record_function
 
 from megatron_lance.model.joint_attention import JointAttention, PackContext
+from megatron_lance.model.transformer_config import DualExpertConfig
 from megatron_lance.ops.qk_norm_mape import join, qk_norm_mape
 
 
@@ -59,7 +62,7 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DualExpertConfig,
         submodules: DualExpertLayerSubmodules,
         layer_number: int,
         attention_backend: str,
@@ -70,14 +73,15 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        experts = (
-            build_module(spec, config=config, layer_number=layer_number, pg_collection=pg_collection, vp_stage=vp_stage)
-            for spec in (submodules.und, submodules.gen)
+        where = {"layer_number": layer_number, "pg_collection": pg_collection, "vp_stage": vp_stage}
+        self.und, self.gen = (
+            build_module(spec, config=_config_of(expert, config), **where)
+            for expert, spec in (("und", submodules.und), ("gen", submodules.gen))
         )
-        self.und, self.gen = experts
         self.layer_number: int = self.und.layer_number  # global, 1-based
-        self.recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
-        self.joint_attention = JointAttention(attention_backend, pg_collection.cp, "core_attn" in self.recomputed)
+        self.position = layer_number
+        recomputed = config.recompute_modules if config.recompute_granularity == "selective" else []
+        self.joint_attention = JointAttention(attention_backend, pg_collection.cp, "core_attn" in recomputed)
         self.mape_backend, self.mrope_section = mape_backend, mrope_section
         self.without_fp8, self.tp_group = without_fp8, pg_collection.tp
         # Beyond the key/value heads, tp ranks share a group's QKV and each takes some of its query heads.
@@ -88,10 +92,10 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         self.query_heads = config.num_attention_heads // tp
 
     def _norm(
-        self, norm: nn.Module, rows: torch.Tensor
+        self, norm: nn.Module, rows: torch.Tensor, recomputed: bool
     ) -> tuple[torch.Tensor, tensor_parallel.CheckpointWithoutOutput | None]:
-        """A norm's output and, if norms are recomputed, what drops that output until backward needs it."""
-        if "layernorm" not in self.recomputed:
+        """A norm's output and, if it is recomputed, what drops that output until backward needs it."""
+        if not recomputed:
             return norm(rows), None
         keep = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8)
         return keep.checkpoint(norm, rows), keep
@@ -109,7 +113,7 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         [s_region / tp, 1, h] and positions [3, R_region] -> q [R_region, np, hn], in `out` if given, and k and v
         [R_region, 2, ng, hn].
         """
-        normed, norm = self._norm(expert.input_layernorm, rows)
+        normed, norm = self._norm(expert.input_layernorm, rows, expert.recompute_input_layernorm)
         attention = expert.self_attention
         # [R, 1, ng, (query heads of a group + 2) * hn]; query heads of other tp ranks may be among them
         qkv, _ = attention.get_query_key_value_tensors(normed, split_qkv=False)
@@ -149,8 +153,8 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
 
     def _mlp(self, expert: TransformerLayer, rows: torch.Tensor) -> torch.Tensor:
         """Norm, MLP and residual of one expert: [s_region / tp, 1, h] -> the same shape."""
-        normed, norm = self._norm(expert.pre_mlp_layernorm, rows)
-        output = self._recomputed(expert.mlp, normed) if "mlp" in self.recomputed else expert.mlp(normed)
+        normed, norm = self._norm(expert.pre_mlp_layernorm, rows, expert.recompute_pre_mlp_layernorm)
+        output = self._recomputed(expert.mlp, normed) if expert.recompute_mlp else expert.mlp(normed)
         if norm:
             norm.discard_output_and_register_recompute(output[0])
         add = expert.mlp_bda(self.training, self.config.bias_dropout_fusion)
@@ -172,6 +176,13 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
     ) -> tuple[torch.Tensor, None]:
         """[s, 1, h] -> ([s, 1, h], None); the other arguments of a TransformerLayer are not used here."""
         context = packed_seq_params
+        if context.offload is None:
+            return self._rows(context, hidden_states), None
+        stays = chain(self.parameters(), self.buffers(), context.tensors())
+        return context.offload.layer(self.position, partial(self._rows, context), hidden_states, stays), None
+
+    def _rows(self, context: PackContext, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[s, 1, h] -> [s, 1, h]."""
         shards = hidden_states.split(list(context.shard_rows))
         positions = context.positions.split(list(context.region_rows), dim=1)
         buffers = self._query_buffers(hidden_states, context.region_rows)
@@ -187,4 +198,13 @@ class DualExpertLayer(MegatronModule, BaseTransformerLayer):
         for region, args in enumerate(zip(experts, attended, shards, strict=True)):
             with self._precision(region, context):
                 outputs.append(self._finish(*args))
-        return torch.cat(outputs), None
+        return torch.cat(outputs)
+
+
+def _config_of(expert: str, config: DualExpertConfig) -> DualExpertConfig:
+    """What an expert is built with: without recompute of its modules if it is not among those that recompute."""
+    if expert in config.recompute_experts:
+        return config
+    own = copy.copy(config)  # not `replace`, which would derive everything anew
+    own.recompute_modules = [module for module in config.recompute_modules if module not in ("layernorm", "mlp")]
+    return own

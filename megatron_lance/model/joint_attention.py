@@ -22,6 +22,7 @@ from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import nn
 
+from megatron_lance.model.offload import ForwardPass
 from megatron_lance.ops.attention import joint_attention
 from megatron_lance.packing.attention_plan import AttentionPlan
 
@@ -70,6 +71,7 @@ class PackContext(PackedSeqParams):
         cache: keys and values of the tokens without rows; None where all tokens have rows.
         positions: int32 [3, R], with MaPE.
         inv_freq: float32 [hn/2].
+        offload: moves what layers save to the host; None: nothing does.
     """
 
     region_rows: tuple[int, int]
@@ -83,6 +85,11 @@ class PackContext(PackedSeqParams):
     cache: KeyValueCache | None
     positions: torch.Tensor
     inv_freq: torch.Tensor
+    offload: ForwardPass | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that live as long as the pack."""
+        return [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
 
 
 class KeyValueExchange:

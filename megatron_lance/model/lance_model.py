@@ -9,7 +9,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from torch import nn
@@ -20,6 +19,8 @@ from megatron_lance.model.embedder import Embedder
 from megatron_lance.model.heads import HeadOutputs, Heads
 from megatron_lance.model.joint_attention import KeyValueCache, PackContext
 from megatron_lance.model.layer_specs import block_submodules, device, parts_of
+from megatron_lance.model.offload import ForwardPass, Offload
+from megatron_lance.model.transformer_config import DualExpertConfig
 from megatron_lance.ops.attention_trial import AttentionUnavailable, choose_attention
 from megatron_lance.ops.attention_trial import Heads as AttentionHeads
 from megatron_lance.ops.mape import inverse_frequencies
@@ -42,7 +43,7 @@ class LanceModel(MegatronModule):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: DualExpertConfig,
         model: ModelConfig,
         tokenizer_size: int,
         pre_process: bool = True,
@@ -74,6 +75,7 @@ class LanceModel(MegatronModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        self.offload = Offload(config.offload_layers, device()) if config.offload_layers else None
         self.heads = Heads(config, model, tokenizer_size, groups) if post_process else None
         frequencies = inverse_frequencies(model.kv_channels, model.rotary_base, model.rope_inv_freq_dtype or "float32")
         self.inv_freq = nn.Buffer(frequencies.to(device()), persistent=False)
@@ -97,6 +99,7 @@ class LanceModel(MegatronModule):
             cache=cache,
             positions=batch.positions.to(torch.int32).contiguous(),
             inv_freq=self.inv_freq,
+            offload=ForwardPass(self.offload) if self.offload and torch.is_grad_enabled() else None,
         )
 
     def forward(self, batch: RankBatch, cache: KeyValueCache | None = None) -> torch.Tensor | HeadOutputs:
@@ -110,11 +113,14 @@ class LanceModel(MegatronModule):
             hidden states [s, 1, h], or the heads' outputs on the last stage.
         """
         hidden = self.embedder(batch) if self.embedder is not None else None
-        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=self.pack_context(batch, cache))
+        context = self.pack_context(batch, cache)
+        hidden = self.decoder(hidden, attention_mask=None, packed_seq_params=context)
+        if context.offload is not None:
+            context.offload.finish()
         return hidden if self.heads is None else self.heads(hidden, batch)
 
 
-def _attention_backend(config: TransformerConfig, model: ModelConfig, tp: int) -> str:
+def _attention_backend(config: DualExpertConfig, model: ModelConfig, tp: int) -> str:
     """The backend of the joint attention; with `auto` on GPUs all ranks take part in the choice."""
     heads = AttentionHeads(model.num_attention_heads // tp, max(1, model.num_query_groups // tp), model.kv_channels)
     try:
@@ -134,7 +140,7 @@ def _mape_backend(model: ModelConfig, requested: str) -> str:
 
 
 def build_stages(
-    config: TransformerConfig, model: ModelConfig, tokenizer_size: int, mape_backend: str = "auto"
+    config: DualExpertConfig, model: ModelConfig, tokenizer_size: int, mape_backend: str = "auto"
 ) -> list[LanceModel]:
     """The model chunks of this pipeline rank: one, or one per virtual stage.
 

@@ -5,6 +5,7 @@ Station: configuration -> [TransformerConfig] -> layers, schedules, optimizer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +17,19 @@ from megatron_lance.config.schema import Fp8Config, ModelConfig, ParallelConfig
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 """training.precision -> parameter dtype."""
+
+
+@dataclass
+class DualExpertConfig(TransformerConfig):
+    """megatron-core's, and what it does not know of dual-expert layers.
+
+    Attributes:
+        recompute_experts: of parallel.
+        offload_layers: of parallel.
+    """
+
+    recompute_experts: tuple[str, ...] = ("und", "gen")
+    offload_layers: int = 0
 
 
 def _filled_later(weight: torch.Tensor) -> torch.Tensor:
@@ -44,14 +58,14 @@ def _fp8_fields(fp8: Fp8Config) -> dict[str, Any]:
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, precision: str, fp8: Fp8Config = NO_FP8
-) -> TransformerConfig:
+) -> DualExpertConfig:
     """The TransformerConfig both experts, the schedules and the optimizer share.
 
     Weights are not initialised by megatron-core: checkpoint.hf_lance fills every parameter by its public name.
 
     Args:
         model: sizes.
-        parallel: degrees and recompute.
+        parallel: degrees, recompute and offload.
         precision: a key of DTYPES.
         fp8: of the experts' linears; without it they compute in the precision of their parameters.
     """
@@ -59,7 +73,9 @@ def transformer_config(
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     full_recompute = parallel.recompute_granularity == "full"
     on_engine = model.transformer_impl == "transformer_engine"
-    return TransformerConfig(
+    return DualExpertConfig(
+        recompute_experts=parallel.recompute_experts,
+        offload_layers=parallel.offload_layers,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,

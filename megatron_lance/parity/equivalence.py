@@ -62,6 +62,7 @@ def _layout(name: str, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, **
 
 
 _SELECTIVE: dict[str, Any] = {"recompute_granularity": "selective"}
+_ALL: dict[str, Any] = {**_SELECTIVE, "recompute_modules": ("core_attn", "layernorm", "mlp")}
 _OVERLAP = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 ONE_RANK = _layout("one")
 LAYOUTS: dict[str, NamedLayout] = {
@@ -93,13 +94,19 @@ LAYOUTS: dict[str, NamedLayout] = {
         _layout("pp2-vpp2-dp2-overlap", pp=2, dp=2, virtual_pipeline_model_parallel_size=2, **_OVERLAP),
         _layout("tp2-cp2-core-attn", tp=2, cp=2, recompute_modules=("core_attn",), **_SELECTIVE),
         _layout("tp2-layernorm-mlp", tp=2, recompute_modules=("layernorm", "mlp"), **_SELECTIVE),
-        _layout("cp2-pp2-all-modules", cp=2, pp=2, recompute_modules=("core_attn", "layernorm", "mlp"), **_SELECTIVE),
+        _layout("cp2-pp2-all-modules", cp=2, pp=2, **_ALL),
         _layout("tp2-cp2-full", tp=2, cp=2, recompute_granularity="full"),
         _layout("pp2-full", pp=2, recompute_granularity="full"),
+        _layout("tp2-recompute-gen", tp=2, recompute_experts=("gen",), **_ALL),
+        _layout("pp2-offload", pp=2, offload_layers=2),
+        _layout("cp2-pp2-vpp2-offload", cp=2, pp=2, virtual_pipeline_model_parallel_size=2, offload_layers=1, **_ALL),
     )
 }
 """Every layout that is checked; the reference is ONE_RANK."""
-FEW = ("tp4", "dp4", "pp2-vpp2", "cp3", "tp2-pp2-cp2", "dp2-cp2-overlap", "tp2-cp2-core-attn")
+FEW = (
+    *("tp4", "dp4", "pp2-vpp2", "cp3", "tp2-pp2-cp2", "dp2-cp2-overlap", "tp2-cp2-core-attn"),
+    *("pp2-offload", "cp2-pp2-vpp2-offload"),
+)
 """What continuous integration checks."""
 
 

@@ -142,11 +142,11 @@ def flops_by_part(
     modules = parallel.recompute_modules if parallel and granularity == "selective" else ()
     full = granularity == "full"
     projections, mlp = linear_weights(model)
-    again = (projections + mlp) * full + mlp * ("mlp" in modules)
+    experts = parallel.recompute_experts if parallel and "mlp" in modules else ()
     layers, h, c = model.num_layers, model.hidden_size, model.latent_channels
 
-    def linears(rows: int, frozen: bool = False) -> Flops:
-        each = 2.0 * rows * layers
+    def linears(expert: str, rows: int, frozen: bool = False) -> Flops:
+        each, again = 2.0 * rows * layers, (projections + mlp) * full + mlp * (expert in experts)
         return Flops(each * (projections + mlp), (2 - frozen) * each * (projections + mlp), each * again)
 
     attended = 4.0 * model.num_attention_heads * model.kv_channels * work.pairs * layers
@@ -154,8 +154,8 @@ def flops_by_part(
     second = 2.0 * h * h * work.timesteps  # of the time embedder; the only one whose input needs a gradient
     words, velocities = 2.0 * h * model.vocab_size * work.ce, 2.0 * h * c * work.gen
     return {
-        "linears und": linears(work.und, "und" in freeze),
-        "linears gen": linears(work.gen),
+        "linears und": linears("und", work.und, "und" in freeze),
+        "linears gen": linears("gen", work.gen),
         "attention": Flops(attended, 2 * attended, attended * (full or "core_attn" in modules)),
         "embedder": Flops(connectors + second, connectors + 2 * second),
         "heads": Flops(words + velocities, (2 - ("head" in freeze)) * words + 2 * velocities, words),

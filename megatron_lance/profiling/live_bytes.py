@@ -19,13 +19,17 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts live bytes while it is entered.
 
+    Args:
+        elsewhere: bytes of them that would not be on the device: what offload keeps on the host.
+
     Attributes:
         live: bytes now.
         peak: most bytes at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Callable[[], int] = lambda: 0) -> None:
         super().__init__()
+        self.elsewhere = elsewhere
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -46,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
     def _look(self) -> None:
         """Add up what is alive; sizes are read again, as recompute empties the storages of tensors that stay."""
         alive = {address: storage for address, known in self._known.items() if (storage := known()) is not None}
-        self.live = sum(storage.nbytes() for storage in alive.values())
+        self.live = sum(storage.nbytes() for storage in alive.values()) - self.elsewhere()
         self.peak = max(self.peak, self.live)
         self._known = {address: self._known[address] for address in alive}
 

@@ -36,6 +36,7 @@ class RankMemory:
         optimizer_bytes: float32 main weights (bf16 only), two moments and the average of the weights (with
             training.ema_decay), sharded over replicas and context-parallel ranks with the distributed optimizer.
         activation_bytes: peak of forward and backward, with logits and all micro-batches in flight.
+        host_bytes: activations that wait on the host at the peak (parallel.offload_layers), no part of the total.
     """
 
     pp_rank: int
@@ -45,6 +46,7 @@ class RankMemory:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -59,6 +61,7 @@ class RankMemory:
             ("optimizer", self.optimizer_bytes),
             ("activations", self.activation_bytes),
             ("total", self.total_bytes),
+            *([("on the host", self.host_bytes)] if self.host_bytes else []),
         )
         frozen = f" ({self.parameters - self.trained:,} frozen)" if self.trained < self.parameters else ""
         return f"pp rank {self.pp_rank}: {self.parameters:,} parameters{frozen}; " + ", ".join(
@@ -102,35 +105,38 @@ class PackLoad:
     Attributes:
         ce_rows: rows of the LM head on one context-parallel rank.
         copied_keys: keys that the slices of a context-parallel rank copy together, in tokens.
-        widest_region: share of the rows that the busier expert has.
+        und_rows: share of a pack's rows that the understanding expert has.
+        gen_rows: that the generation expert has.
     """
 
     ce_rows: int
     copied_keys: int
-    widest_region: float
+    und_rows: float
+    gen_rows: float
+
+    @property
+    def widest_region(self) -> float:
+        """Share of the busier expert."""
+        return max(self.und_rows, self.gen_rows)
 
     @classmethod
     def usual(cls, run: RunConfig) -> PackLoad:
-        """Where no packs are at hand: one row in 32 predicts a label, every token is the key of two slices."""
+        """Where no packs are at hand: a row in 32 predicts a label, a token is the key of two slices, gen has 4/5."""
         cp, length = run.parallel.context_parallel_size, run.data.seq_length
-        return cls(ce_rows=-(-length // (32 * cp)), copied_keys=2 * length, widest_region=0.8)
+        return cls(ce_rows=-(-length // (32 * cp)), copied_keys=2 * length, und_rows=0.2, gen_rows=0.8)
 
     @classmethod
     def of(cls, batches: Iterable[RankBatch]) -> PackLoad:
-        """The most of some packs as a rank sees them."""
+        """The most of some packs as a rank sees them; shares may be those of different packs."""
         loads = [
-            cls(
+            (
                 len(batch.ce_rows),
                 sum(stop - start for _, keys, _ in kernel_calls(batch.plan) for start, stop in keys),
-                max(batch.region_rows) / sum(batch.region_rows),
+                *(rows / sum(batch.region_rows) for rows in batch.region_rows),
             )
             for batch in batches
         ]
-        return cls(
-            max(load.ce_rows for load in loads),
-            max(load.copied_keys for load in loads),
-            max(load.widest_region for load in loads),
-        )
+        return cls(*(max(values) for values in zip(*loads, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -199,14 +205,16 @@ def layer_activation_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
     TransformerEngine's norms keep their input and nothing in float32, its SwiGLU gate and up alone.  In FP8 linears
     keep one byte of each value of their input, and their weights quantised twice, by rows and by columns.
 
+    Of one expert that recomputes, its share of the rows counts as recomputed.
+
     Args:
         run: the whole configuration.
         load: of its packs; None: usual ones.
     """
     s, load = _Sizes.of(run), load or PackLoad.usual(run)
-    again = run.parallel.recompute_modules if run.parallel.recompute_granularity == "selective" else ()
-    w = s.width
-    norms = 2 * s.shard * s.hidden * (w if "layernorm" in again else s.norm)
+    again = _again(run.parallel)
+    w, kept = s.width, _kept_rows(run.parallel, load)
+    norms = int(2 * s.shard * s.hidden * (w + kept["layernorm"] * (s.norm - w)))
     projected = s.rows * w * (s.qkv + (2 * (s.q + 2 * s.kv) if run.ops.mape == "reference" else 0))
     if "core_attn" in again:
         attention = s.rows * ((w + s.held) * s.q + 2 * w * s.kv) + 2 * w * s.kv * s.length
@@ -214,9 +222,37 @@ def layer_activation_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
         copied = 0 if run.model.attention_backend in KERNELS else load.copied_keys
         keys = 2 * w * s.kv * (copied + (s.length if w == 4 or not copied else 0))
         attention = s.rows * ((2 * w + s.held) * s.q + 4 * s.heads) + keys
-    mlp = 0 if "mlp" in again else s.mlp * s.ffn * s.rows
-    copies = max(s.copies - (12 * s.hidden * s.ffn if "mlp" in again else 0), 0)
-    return norms + projected + attention + mlp + copies
+    mlp = int(kept["mlp"] * s.mlp * s.ffn * s.rows)
+    dropped = 6 * s.hidden * s.ffn * len(set(run.parallel.recompute_experts)) if "mlp" in again else 0
+    return norms + projected + attention + mlp + max(s.copies - dropped, 0)
+
+
+def offloaded_bytes(run: RunConfig, load: PackLoad | None = None) -> int:
+    """Bytes of a micro-batch that the offloaded layers of a model chunk keep on the host.
+
+    Args:
+        run: the whole configuration.
+        load: of its packs; None: usual ones.
+    """
+    held = _held_bytes(_Sizes.of(run), run.parallel)
+    return run.parallel.offload_layers * (layer_activation_bytes(run, load) - held)
+
+
+def _held_bytes(s: _Sizes, parallel: ParallelConfig) -> int:
+    """What an offloaded layer keeps on the device: gathered keys and values of all tokens, for recomputed attention."""
+    return 2 * s.width * s.kv * s.length if "core_attn" in _again(parallel) else 0
+
+
+def _again(parallel: ParallelConfig) -> tuple[str, ...]:
+    """Modules that selective recompute runs again."""
+    return parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
+
+
+def _kept_rows(parallel: ParallelConfig, load: PackLoad) -> dict[str, float]:
+    """Share of the rows of which norms and MLPs keep what they save, at most."""
+    shares = {"und": load.und_rows, "gen": load.gen_rows}
+    others = sum(share for expert, share in shares.items() if expert not in parallel.recompute_experts)
+    return {module: min(others, 1.0) if module in _again(parallel) else 1.0 for module in ("layernorm", "mlp")}
 
 
 def _head_bytes(s: _Sizes, load: PackLoad) -> tuple[int, int]:
@@ -252,26 +288,37 @@ def _in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> in
     return min(ahead, micro_batches * chunks)
 
 
-def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micro_batches: int) -> int:
-    """Peak bytes on a pipeline rank: at the start of a backward pass, or within that of a layer."""
+def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micro_batches: int) -> tuple[int, int]:
+    """Peak bytes of a pipeline rank, (on its device, on the host).
+
+    On the device: at the start of a backward pass, or within that of a layer.  Of offloaded layers it has what two
+    layers keep, of the one pass that is under way: the one that runs and the one that is on its way; of all of them the
+    gathered keys and values that recomputed attention keeps, 2 w kv of all tokens; and what a chunk received, which the
+    schedule holds.
+    """
     parallel, s = run.parallel, _Sizes.of(run)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     chunk_layers = layers // chunks
     layer = layer_activation_bytes(run, load)
-    full = parallel.recompute_granularity == "full"
-    modules = parallel.recompute_modules if parallel.recompute_granularity == "selective" else ()
-    if full:  # only the inputs of recomputed groups of layers stay
+    away = parallel.offload_layers
+    if parallel.recompute_granularity == "full":  # only the inputs of recomputed groups of layers stay
         kept = -(-chunk_layers // parallel.recompute_num_layers) * s.shard * s.hidden * s.width
-        again = parallel.recompute_num_layers * layer
+        again, now = parallel.recompute_num_layers * layer, kept
     else:
-        kept = chunk_layers * layer
-        again = int(s.rows * load.widest_region) * s.mlp * s.ffn if "mlp" in modules else 0
-    waiting = _in_flight(parallel, pp_rank, micro_batches) * kept
+        received = s.shard * s.hidden * s.width if away and (pp_rank or chunks > 1) else 0
+        kept = chunk_layers * layer - offloaded_bytes(run, load) + received
+        now = max(chunk_layers - away, min(chunk_layers, 2)) * layer + away * _held_bytes(s, parallel)
+        now = now if away else kept
+        shares = {"und": load.und_rows, "gen": load.gen_rows}
+        widest = max(shares[expert] for expert in parallel.recompute_experts) if "mlp" in _again(parallel) else 0
+        again = int(s.rows * widest) * s.mlp * s.ffn
+    passes = _in_flight(parallel, pp_rank, micro_batches)
+    waiting, host = (passes - 1) * kept + now, passes * offloaded_bytes(run, load)
     within = waiting + again + _layer_backward_bytes(s, load)
     if pp_rank != parallel.pipeline_model_parallel_size - 1:
-        return within
+        return within, host
     head, head_backward = _head_bytes(s, load)
-    return max(within, waiting + head + head_backward)
+    return max(within, waiting + head + head_backward), host
 
 
 def memory_per_rank(run: RunConfig, world_size: int, load: PackLoad | None = None) -> list[RankMemory]:
@@ -300,7 +347,7 @@ def memory_per_rank(run: RunConfig, world_size: int, load: PackLoad | None = Non
             layers * layer + (embedder if pp_rank == 0 else 0) + (heads if pp_rank == pp - 1 else 0)
             for embedder, layer, heads in (of_all, of_trained)
         )
-        activations = _activations(run, load, layers, pp_rank, run.training.global_batch_size // dp)
+        activations, host = _activations(run, load, layers, pp_rank, run.training.global_batch_size // dp)
         state_bytes = trained * state // shards
-        result.append(RankMemory(pp_rank, count, trained, count * width, trained * 4, state_bytes, activations))
+        result.append(RankMemory(pp_rank, count, trained, count * width, trained * 4, state_bytes, activations, host))
     return result

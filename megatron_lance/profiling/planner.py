@@ -4,7 +4,8 @@ Station: model, packs, cluster, rates -> [layouts ranked by predicted throughput
 
 Every combination of tp x cp x pp x vpp x dp and recompute that divides model, batch and devices is looked at; what does
 not fit is discarded with the reason.  Those left are ranked by tokens per second and device, for layouts may differ in
-packs per step within a tolerance of the recipe's.
+packs per step within a tolerance of the recipe's.  Offload of activations and recompute of one expert alone are not
+among what is tried.
 """
 
 from __future__ import annotations

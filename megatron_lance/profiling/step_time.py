@@ -11,7 +11,7 @@ with rows as a layout pads them, recompute included; on a GPU the host launches 
 replica with M packs takes the sum of its packs on the slowest stage, and its longest pack once more for each other
 stage, over the virtual stages (the bubble).  The step is the slowest replica's, with encoders before, and gradients,
 optimizer and weights after it; gradients and weights that travel beside backward and forward passes cost what is left
-of them.
+of them.  Copies of offloaded activations between device and host (parallel.offload_layers) are not counted.
 """
 
 from __future__ import annotations
@@ -361,5 +361,5 @@ def calibrate(profiles: Sequence[Mapping[str, Any]], base: Rates) -> Rates:
 def load_of(packs: Sequence[PackShape], run: RunConfig) -> PackLoad:
     """What memory has to hold for the heaviest of some packs."""
     cp = run.parallel.context_parallel_size
-    widest = max(max(p.work.und, p.work.gen) / max(p.work.tokens, 1) for p in packs)
-    return PackLoad(max(1, -(-max(p.work.ce for p in packs) // cp)), max(p.copied_keys for p in packs), widest)
+    und, gen = (max(getattr(p.work, expert) / max(p.work.tokens, 1) for p in packs) for expert in ("und", "gen"))
+    return PackLoad(max(1, -(-max(p.work.ce for p in packs) // cp)), max(p.copied_keys for p in packs), und, gen)

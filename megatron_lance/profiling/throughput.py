@@ -140,8 +140,10 @@ def summary(run: RunConfig, measured: Measured) -> Profile:
 
 
 def _recompute(run: RunConfig) -> str:
-    granularity = run.parallel.recompute_granularity
-    return ",".join(run.parallel.recompute_modules) if granularity == "selective" else granularity or "none"
+    granularity, experts = run.parallel.recompute_granularity, set(run.parallel.recompute_experts)
+    if granularity != "selective":
+        return granularity or "none"
+    return ",".join(run.parallel.recompute_modules) + (f" of {experts.pop()}" if len(experts) == 1 else "")
 
 
 def _percent(value: float | None) -> str:
@@ -194,7 +196,8 @@ def compare(a: Profile, b: Profile) -> str:
         rows.append((f"tokens/s, {name}", a[rate][name], b[rate][name]))
     rows.append(("TFLOP/s", a["speed"]["tflops"], b["speed"]["tflops"]))
     rows += [(f"{name} s", a["parts"][name]["mean"], b["parts"][name]["mean"]) for name in SHOWN]
-    rows += [(f"{kind} MiB", *(p["memory"][kind]["max"] / 2**20 for p in (a, b))) for kind in a["memory"]]
+    kinds = [kind for kind in a["memory"] if kind in b["memory"]]
+    rows += [(f"{kind} MiB", *(p["memory"][kind]["max"] / 2**20 for p in (a, b))) for kind in kinds]
     lines = [f"{'':<30} {'A':>12} {'B':>12} {'B/A':>7}"]
     for name, first, second in rows:
         ratio = f"{second / first:.2f}" if first else "-"

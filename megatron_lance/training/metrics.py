@@ -105,9 +105,10 @@ class StepMetrics:
         """The step as one line."""
         note = " SKIPPED (not finite)" if self.skipped else ""
         used = "" if self.mfu is None else f"MFU {self.mfu:.1%} "
+        ce, velocity = (f"{loss:.4f}" if loss else "-" for loss in (self.ce_loss, self.velocity_loss))  # 0: no row
         return (
-            f"step {self.step}/{last_step} loss {self.loss:.5f} ce {self.ce_loss:.4f} "
-            f"velocity {self.velocity_loss:.4f} grad norm {self.grad_norm:.3f} lr {self.learning_rate:.2e} "
+            f"step {self.step}/{last_step} loss {self.loss:.5f} ce {ce} velocity {velocity} "
+            f"grad norm {self.grad_norm:.3f} lr {self.learning_rate:.2e} "
             f"tokens/s {self.tokens_per_second:.0f} {used}fill {self.fill:.1%} "
             f"step {self.step_seconds:.2f} s (data {self.data_seconds:.2f} s, reading {self.read_seconds:.2f} s){note}"
         )

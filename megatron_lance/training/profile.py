@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_lance.checkpoint.hf_lance import RandomSource
-from megatron_lance.config.schema import RunConfig
+from megatron_lance.config.errors import UserError
+from megatron_lance.config.schema import ModelConfig, RunConfig
 from megatron_lance.data.prompt import Tokenizer
 from megatron_lance.data.synthetic import scaled_packs
 from megatron_lance.encoders.vae import SPATIAL, TEMPORAL, build_vae
@@ -89,6 +90,20 @@ class Inputs:
     encoder_flops: float
 
 
+def _check_positions(packs: Sequence[Pack], model: ModelConfig, stage: str) -> None:
+    """Raise UserError where a latent lies outside the position table (spec/model.md section 5)."""
+    frames, side = model.latent_position_frames, model.latent_position_size
+    for pack in packs:
+        for placed in pack.visual_segments(*VAE_KINDS):
+            t, h, w = placed.segment.grid or (1, 1, 1)
+            if (t - 1) * side * side + (h - 1) * side + w > frames * side * side:
+                raise UserError(
+                    f"--stage {stage}: a clip of {t} x {h} x {w} latents exceeds the position table of "
+                    f"{frames} x {side} x {side}; set model.latent_position_frames=31 model.latent_position_size=64, "
+                    "or leave --stage out to profile the run's own data"
+                )
+
+
 class SyntheticSource:
     """Steps of packs of a stage's mixture, random values, no data set.
 
@@ -96,6 +111,9 @@ class SyntheticSource:
         run: the whole configuration; its capacity and global batch size shape the packs.
         groups: degrees and ranks.
         settings: stage, and whether encoders run.
+
+    Raises:
+        UserError: if the model's position table is too small for the stage's clips.
     """
 
     def __init__(self, run: RunConfig, groups: Groups, settings: Settings) -> None:
@@ -103,6 +121,7 @@ class SyntheticSource:
         packs = run.training.global_batch_size
         sizes = {"hidden": run.model.hidden_size, "channels": run.model.latent_channels}
         planned = scaled_packs(str(settings.stage), POOL * packs, run.data.seq_length, run.training.seed)
+        _check_positions(planned, run.model, str(settings.stage))
         filled = [
             FilledPack.random(p, **sizes, vocabulary=run.model.vocab_size, seed=run.training.seed) for p in planned
         ]
@@ -239,13 +258,14 @@ def _memory(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) ->
     state = [t for o in trainee.optimizer.chained_optimizers for s in o.optimizer.state.values() for t in s.values()]
     mains = [p for o in trainee.optimizer.chained_optimizers for g in o.optimizer.param_groups for p in g["params"]]
     held = [*state, *(mains if trainee.config.bf16 else [])]
+    offloads = [stage.offload for stage in trainee.stages if stage.offload is not None]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        with LiveBytes() as counter:
+        with LiveBytes(lambda: sum(offload.host_bytes for offload in offloads)) as counter:
             forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
         peak = counter.peak
     formula = memory_per_rank(run, dist.get_world_size(), PackLoad.of(inputs.batches))[groups.pp_rank]
@@ -255,6 +275,7 @@ def _memory(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) ->
         "optimizer": sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor)),
         "activations": peak,
         "activations by formula": formula.activation_bytes,
+        **({"on the host by formula": formula.host_bytes} if offloads else {}),
     }
 
 

@@ -42,7 +42,7 @@ from megatron_lance.packing.attention_plan import AttentionPlan
 from megatron_lance.packing.layout import Layout
 from megatron_lance.parallel import groups as parallel_groups
 from megatron_lance.parallel.groups import Groups
-from megatron_lance.profiling.memory import memory_per_rank
+from megatron_lance.profiling.memory import memory_per_rank, offloaded_bytes
 from megatron_lance.sampling.engine import Encoders
 from megatron_lance.sampling.prompt_list import Line
 from megatron_lance.training.events import EventLog
@@ -167,6 +167,10 @@ def _announce(run: RunConfig, groups: Groups, feed: Feed, checkpoint: Checkpoint
         (run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
     degrees = f"tp {groups.tp} x cp {groups.cp} x pp {groups.pp} x dp {groups.dp}"
     logger.info("%s on %s, %d packs in the index, run folder %s", degrees, groups.device, len(feed.index), run_dir)
+    if run.parallel.offload_layers:
+        size = offloaded_bytes(run) / 2**20
+        told = "first layers of each model chunk that wait on the host: %d, about %.0f MiB of a micro-batch"
+        logger.info(told, run.parallel.offload_layers, size)
     if checkpoint is None:
         return
     done = checkpoint.manifest.step

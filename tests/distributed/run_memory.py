@@ -69,10 +69,17 @@ def measure(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     packs = packs_of(run)
     batches = micro_batches(packs, run, groups)
     counts = LossCounts.of(p.pack for p in packs)
-    with LiveBytes() as counter:
+    waiting = [0]
+
+    def on_host() -> int:
+        waiting.append(sum(stage.offload.host_bytes for stage in trainee.stages if stage.offload is not None))
+        return waiting[-1]
+
+    with LiveBytes(on_host) as counter:
         of_rank = forward_backward(trainee, batches, counts, run.objective, groups, broken=0)
     update(trainee, of_rank)
-    own = {"pp_rank": groups.pp_rank, "peak": counter.peak, "load": asdict(PackLoad.of(batches)), **held(trainee)}
+    load = asdict(PackLoad.of(batches))
+    own = {"pp_rank": groups.pp_rank, "peak": counter.peak, "host": max(waiting), "load": load, **held(trainee)}
     found: list[Any] = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
     parallel_state.destroy_model_parallel()

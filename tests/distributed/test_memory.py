@@ -10,7 +10,7 @@ import pytest
 from megatron_lance.config.loader import load_config
 from megatron_lance.config.validate import validate
 from megatron_lance.profiling.memory import PackLoad, memory_per_rank
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 
 TP, PP, CP = (f"parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
@@ -19,6 +19,8 @@ FIRST, LAST = (f"parallel.num_layers_in_{end}_pipeline_stage" for end in ("first
 BF16, FULL = "training.precision=bf16", "parallel.recompute_granularity=full"
 SELECTIVE = "parallel.recompute_granularity=selective"
 MODULES = "parallel.recompute_modules=[core_attn,layernorm,mlp]"
+OF_GEN = [SELECTIVE, "parallel.recompute_modules=[mlp]", "parallel.recompute_experts=[gen]"]
+OFFLOAD = "parallel.offload_layers"
 LAYOUTS = [
     [f"{TP}=2", "model.ce_chunk_rows=16"],
     [f"{TP}=4", BF16],  # more ranks than key/value heads
@@ -33,6 +35,9 @@ LAYOUTS = [
     [f"{PP}=4", f"{FIRST}=1", f"{LAST}=1", "model.num_layers=6", SELECTIVE, "parallel.recompute_modules=[mlp]"],
     [BF16, "model.ce_chunk_rows=16"],
     [f"{CP}=2", BF16, "model.attention_backend=varlen_emulated"],
+    [f"{PP}=2", f"{OFFLOAD}=3", "model.num_layers=8"],
+    [f"{PP}=2", f"{VPP}=2", f"{OFFLOAD}=1", "model.num_layers=12", SELECTIVE, "parallel.recompute_modules=[core_attn]"],
+    [f"{OFFLOAD}=3", *OF_GEN],  # a pack per replica: the model takes the most of each expert in any pack
 ]
 COMMON = ["data.seq_length=2304", "model.hidden_size=128", "model.ffn_hidden_size=344", "training.global_batch_size=4"]
 
@@ -44,7 +49,7 @@ def test_formulas_are_what_every_rank_holds(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
     script = REPOSITORY / "tests" / "distributed" / "run_memory.py"
     layouts = [[*COMMON, *layout] for layout in LAYOUTS]
-    torchrun(4, str(script), str(out), str(config), *(" ".join(layout) for layout in layouts))
+    on_ranks(4, str(script), str(out), str(config), *(" ".join(layout) for layout in layouts))
     errors = {}
     for layout, found in zip(layouts, json.loads(out.read_text(encoding="utf-8")), strict=True):
         run = load_config([str(config)], layout)
@@ -57,4 +62,6 @@ def test_formulas_are_what_every_rank_holds(tmp_path: Path) -> None:
             assert rank["optimizer_bytes"] == pytest.approx(expected.optimizer_bytes, rel=0.03), layout
             name = f"{' '.join(layout[len(COMMON) :])} pp rank {rank['pp_rank']}"
             errors[name] = round(expected.activation_bytes / rank["peak"] - 1, 3)
+            if run.parallel.offload_layers:
+                errors[f"{name}, host"] = round(expected.host_bytes / rank["host"] - 1, 3)
     assert {name: error for name, error in errors.items() if abs(error) > 0.1} == {}

@@ -21,6 +21,7 @@ from megatron_lance.checkpoint.store import TrainingState, load, state_tree
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.schema import Fp8Config, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.model import offload
 from megatron_lance.model.lance_model import LanceModel, build_stages
 from megatron_lance.model.layer_specs import check_transformer_engine
 from megatron_lance.model.transformer_config import transformer_config
@@ -94,6 +95,8 @@ class Setting:
         precision: of its parameters.
         recompute: granularity.
         modules: of selective recompute.
+        experts: that recompute norms and MLP.
+        offload: layers whose saved tensors wait on the host.
         first_bf16: layers at the start that stay in bf16.
         attention: backend.
     """
@@ -103,6 +106,8 @@ class Setting:
     precision: str = "bf16"
     recompute: str | None = None
     modules: tuple[str, ...] = ("core_attn",)
+    experts: tuple[str, ...] = ("und", "gen")
+    offload: int = 0
     first_bf16: int = 0
     attention: str = "sdpa"
 
@@ -112,7 +117,12 @@ class Setting:
         return RunConfig(
             model=replace(MODEL if self.engine else LOCAL, attention_backend=self.attention),
             fp8=Fp8Config(self.recipe, amax_history_len=16, first_layers_bf16=self.first_bf16),
-            parallel=ParallelConfig(recompute_granularity=self.recompute, recompute_modules=self.modules),
+            parallel=ParallelConfig(
+                recompute_granularity=self.recompute,
+                recompute_modules=self.modules,
+                recompute_experts=self.experts,
+                offload_layers=self.offload,
+            ),
             optimizer=OptimizerConfig(lr=1e-4, adam_eps=1e-8),
             training=TrainingConfig(precision=self.precision),
         )
@@ -225,6 +235,24 @@ def test_recompute_changes_nothing(recipe: str, granularity: str, modules: tuple
     setting = Setting(recipe=recipe, recompute=granularity, modules=modules or ("core_attn",))
     _, again = once(setting, groups)
     assert apart(again.loss, kept.loss) < 1e-6 and apart(flat(again), flat(kept)) < 1e-3
+
+
+@pytest.mark.parametrize("modules", [(), ("core_attn", "mlp"), ("layernorm", "mlp")])
+@pytest.mark.parametrize("recipe", ["none", *ON_HOPPER])
+def test_offload_changes_nothing(
+    recipe: str, modules: tuple[str, ...], groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised tensors travel too.  What is recomputed of one expert has the same gradients as well."""
+    skip_unless_served(recipe)
+    if recipe == "delayed" and "layernorm" in modules:
+        pytest.skip("delayed scaling refuses recompute of norms")
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    again = Setting(recipe=recipe, recompute="selective" if modules else None, modules=modules or ("core_attn",))
+    _, kept = once(again, groups)
+    for setting in (replace(again, offload=1), replace(again, offload=2, experts=("gen",))):
+        model, result = once(setting, groups)
+        assert apart(result.loss, kept.loss) < 1e-6 and apart(flat(result), flat(kept)) < 1e-3
+        assert model.offload is not None and model.offload.host_bytes == 0
 
 
 # ---- training
@@ -358,12 +386,16 @@ def test_checkpoints_of_one_spec_load_in_the_other(to_engine: bool, groups: Grou
     [
         *(Setting(recipe=recipe, recompute=again) for recipe in ("none", *ON_HOPPER) for again in (None, "full")),
         *(Setting(attention=backend) for backend in ("varlen_te", "varlen_torch", "flex")),
+        *(Setting(recipe=recipe, offload=2) for recipe in ("none", "tensorwise")),
     ],
-    ids=lambda setting: f"{setting.recipe}-{setting.recompute}-{setting.attention}",
+    ids=lambda setting: f"{setting.recipe}-{setting.recompute}-{setting.attention}-{setting.offload}",
 )
-def test_the_host_waits_for_nothing_in_forward_and_backward(setting: Setting, groups: Groups) -> None:
+def test_the_host_waits_for_nothing_in_forward_and_backward(
+    setting: Setting, groups: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Torch raises at every call that would wait; the first step, which allocates and compiles, may."""
     skip_unless_served(setting.recipe)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     packs = [PACK, TEXT]
     trainee, counts, objective = trainee_of(setting, groups), LossCounts.of(packs), RunConfig().objective
     batches = [batch_of(pack, setting, groups) for pack in packs]

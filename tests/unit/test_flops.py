@@ -80,6 +80,12 @@ def test_only_what_is_recomputed_counts_again() -> None:
     assert full["embedder"].recompute == 0
     assert full["heads"].recompute == plain["heads"].recompute == 2 * TINY.hidden_size * TINY.vocab_size * 4  # logits
     assert sum(part.model for part in full.values()) == model_flops(TINY, work)
+    of_gen = ParallelConfig(
+        recompute_granularity="selective", recompute_modules=("core_attn", "mlp"), recompute_experts=("gen",)
+    )
+    found = flops_by_part(TINY, work, of_gen)
+    assert found["linears und"].recompute == 0 < found["linears gen"].recompute < plain["linears gen"].forward
+    assert found["attention"].recompute == plain["attention"].forward
     frozen = flops_by_part(TINY, work, freeze=("und", "head", "embeddings"))
     assert frozen["linears und"].backward == plain["linears und"].forward
     assert frozen["heads"].backward == 2 * TINY.hidden_size * (TINY.vocab_size * 4 + 2 * TINY.latent_channels * 20)

@@ -9,7 +9,7 @@ from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.model.lance_model import build_stages
 from megatron_lance.model.transformer_config import transformer_config
-from megatron_lance.profiling.memory import layer_activation_bytes, layers_of_stages, memory_per_rank
+from megatron_lance.profiling.memory import PackLoad, layer_activation_bytes, layers_of_stages, memory_per_rank
 from tests.shared import REPOSITORY
 from tests.unit.tiny_model import one_rank
 
@@ -85,6 +85,44 @@ def test_activations_shrink_with_recompute_and_degrees() -> None:
     assert activations("parallel.recompute_granularity=null", "parallel.tensor_model_parallel_size=2", ranks=2) < kept
     assert activations("parallel.recompute_granularity=null", "parallel.context_parallel_size=2", ranks=2) < kept
     assert activations("data.seq_length=25000") < activations()
+
+
+def test_offloaded_layers_are_on_the_host_but_for_two() -> None:
+    """Of 36 layers 30 wait on the host; recomputed attention keeps its gathered keys and values."""
+    for again in ("parallel.recompute_granularity=null", "parallel.recompute_granularity=selective"):
+        run, away, most = (
+            configuration("lance_3b.yaml", again, f"parallel.offload_layers={layers}") for layers in (0, 30, 36)
+        )
+        layer, held = layer_activation_bytes(run), 2 * 2 * 2 * 128 * 50_000 if again.endswith("selective") else 0
+        (kept,), (some,), (all_,) = (memory_per_rank(each, 1) for each in (run, away, most))
+        assert (kept.host_bytes, some.host_bytes, all_.host_bytes) == tuple(n * (layer - held) for n in (0, 30, 36))
+        assert kept.activation_bytes - some.activation_bytes == 30 * (layer - held)
+        assert kept.activation_bytes - all_.activation_bytes == 34 * layer - 36 * held
+        assert kept.total_bytes - some.total_bytes == kept.activation_bytes - some.activation_bytes
+        assert "on the host" in some.line() and "on the host" not in kept.line()
+
+
+def test_passes_that_wait_keep_what_is_not_offloaded() -> None:
+    """The first of four stages with four passes: one under way, three that wait."""
+    four = ["parallel.pipeline_model_parallel_size=4", "training.global_batch_size=8"]
+    plain = ["parallel.recompute_granularity=null", *four]
+    run = configuration("lance_3b.yaml", *plain, "parallel.offload_layers=5")
+    kept, some = (memory_per_rank(each, 4)[0] for each in (configuration("lance_3b.yaml", *plain), run))
+    assert kept.activation_bytes - some.activation_bytes == 4 * 5 * layer_activation_bytes(run) == some.host_bytes
+
+
+def test_one_expert_may_recompute() -> None:
+    """The more rows it has, the less is kept."""
+    load = PackLoad(ce_rows=100, copied_keys=100_000, und_rows=0.25, gen_rows=0.75)
+
+    def kept(*overrides: str) -> int:
+        run = configuration("lance_3b.yaml", "parallel.recompute_modules=[layernorm,mlp]", *overrides)
+        return layer_activation_bytes(run, load)
+
+    selective = "parallel.recompute_granularity=selective"
+    none, both = kept("parallel.recompute_granularity=null"), kept(selective)
+    und, gen = (kept(selective, f"parallel.recompute_experts=[{expert}]") for expert in ("und", "gen"))
+    assert (none - und) / (none - both) == pytest.approx(0.25) and (none - gen) / (none - both) == pytest.approx(0.75)
 
 
 def test_what_layers_keep_by_implementation() -> None:

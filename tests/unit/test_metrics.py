@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,40 +12,42 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_lance.training.metrics import MetricsWriter, StepMetrics
 
 
+def of_step(step: int, loss: float, mfu: float | None = None) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        ce_loss=0.0,
+        velocity_loss=0.0,
+        grad_norm=1.0,
+        learning_rate=1e-3,
+        tokens_per_second=1.0,
+        padded_tokens_per_second=2.0,
+        tflops=2.0,
+        mfu=mfu,
+        bagel_tflops=3.0,
+        bagel_mfu=mfu,
+        fill=1.0,
+        step_seconds=1.0,
+        data_seconds=0.1,
+        read_seconds=0.05,
+        read_retries=0,
+        reader_restarts=0,
+        broken=0,
+        loss_by_task={"t2i": loss},
+        loss_by_source={"pictures": 2 * loss},
+        grad_norm_by_expert={"und": 3.0, "gen": 4.0, "shared": 0.0},
+        tokens_seen={"text": 10 * step},
+        memory_bytes=2**30,
+        skipped=False,
+        save_stall_seconds=0.0,
+        save_seconds=0.0,
+    )
+
+
 def write(folder: Path, steps: range, loss: float, steps_done: int = 0, mfu: float | None = None) -> None:
     with MetricsWriter(folder, True, steps_done) as writer:
         for step in steps:
-            writer.write(
-                StepMetrics(
-                    step=step,
-                    loss=loss,
-                    ce_loss=0.0,
-                    velocity_loss=0.0,
-                    grad_norm=1.0,
-                    learning_rate=1e-3,
-                    tokens_per_second=1.0,
-                    padded_tokens_per_second=2.0,
-                    tflops=2.0,
-                    mfu=mfu,
-                    bagel_tflops=3.0,
-                    bagel_mfu=mfu,
-                    fill=1.0,
-                    step_seconds=1.0,
-                    data_seconds=0.1,
-                    read_seconds=0.05,
-                    read_retries=0,
-                    reader_restarts=0,
-                    broken=0,
-                    loss_by_task={"t2i": loss},
-                    loss_by_source={"pictures": 2 * loss},
-                    grad_norm_by_expert={"und": 3.0, "gen": 4.0, "shared": 0.0},
-                    tokens_seen={"text": 10 * step},
-                    memory_bytes=2**30,
-                    skipped=False,
-                    save_stall_seconds=0.0,
-                    save_seconds=0.0,
-                )
-            )
+            writer.write(of_step(step, loss, mfu))
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -98,3 +101,8 @@ def test_utilisation_stands_where_the_peak_is_known(tmp_path: Path) -> None:
         assert (line["mfu"], line["bagel_mfu"]) == (mfu, mfu)
         board = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
         assert ("train/mfu" in board.Tags()["scalars"]) == (mfu is not None)
+
+
+def test_a_loss_without_rows_is_no_number_in_the_log() -> None:
+    metrics = replace(of_step(3, 0.5), velocity_loss=0.25)
+    assert "step 3/9 loss 0.50000 ce - velocity 0.2500 grad norm" in metrics.line(9)

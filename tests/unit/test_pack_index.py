@@ -195,6 +195,22 @@ def test_unusable_rows_are_named_once_and_replaced(
     assert sum(reader.tokens(number).token_ids.numel() for number in range(len(index))) == index.counts["tokens"]
 
 
+def test_of_very_many_unusable_rows_the_first_are_named(
+    bad_config: DataConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_lance.data.prepack._NAMED", 2)
+    with caplog.at_level(logging.WARNING):
+        index = prepack(replace(bad_config, pack_index=str(tmp_path / "index")), MODEL, SEED, 2, progress=False)
+    unusable, substituted = index.counts["unusable"], index.counts["substituted"]
+    assert unusable > 2 and len(unusable_lines(index)) == unusable
+    *named, further, told = [r.message for r in caplog.records if "unusable" in r.message]
+    assert len(named) == 2 and all(message.startswith("unusable row: bad/") for message in named)
+    assert further == "source bad: further unusable rows stand in unusable.jsonl of the index"
+    assert told == (
+        f"source bad: {unusable} of 7 rows are unusable; {substituted} samples are substitutes from the others"
+    )
+
+
 def substitutions(config: DataConfig, folder: Path, seed: int) -> dict[tuple[str, int], int]:
     """The row taken in place of each draw of a bad one, by sample id behind `for` and epoch."""
     index = prepack(replace(config, pack_index=str(folder)), MODEL, seed, 2, progress=False)

@@ -110,6 +110,25 @@ def test_degrees_print_the_equation() -> None:
         (2, [PP2, f"{FIRST}=1", f"{LAST}=1"], "4 - 1 - 1 = 2 layers must split evenly over 0 pipeline stages"),
         (2, [PP2, f"{FIRST}=0"], f"{FIRST} = 0: must be a positive multiple of vpp 1"),
         (2, [PP2, VPP2, f"{LAST}=1", "model.num_layers=5"], f"{LAST} = 1: must be a positive multiple of vpp 2"),
+        (1, ["parallel.offload_layers=-1"], "parallel.offload_layers = -1: must not be negative; set 0 or more"),
+        (
+            1,
+            ["parallel.offload_layers=5"],
+            "offload_layers = 5: must not exceed the 4 layers of the smallest model chunk",
+        ),
+        (
+            2,
+            [PP2, f"{FIRST}=1", "parallel.offload_layers=2"],
+            "= 2: must not exceed the 1 layers of the smallest model",
+        ),
+        (2, [PP2, VPP2, "parallel.offload_layers=2"], "= 2: must not exceed the 1 layers of the smallest model chunk"),
+        (
+            1,
+            ["parallel.offload_layers=1", "parallel.recompute_granularity=full"],
+            "parallel.offload_layers = 1: parallel.recompute_granularity=full keeps nothing but layers' inputs; set 0",
+        ),
+        (1, ["parallel.recompute_experts=[vit]"], "parallel.recompute_experts = ['vit']: must be some of und, gen"),
+        (1, ["parallel.recompute_experts=[]"], "parallel.recompute_experts = []: must be some of und, gen"),
         (1, ["parallel.overlap_param_gather=true"], "overlap_param_gather = True: needs"),
         (
             1,

@@ -58,9 +58,13 @@ def build(
     precision: str = "float32",
     recompute: str | None = None,
     modules: tuple[str, ...] = ("core_attn",),
+    experts: tuple[str, ...] = ("und", "gen"),
+    offload: int = 0,
 ) -> LanceModel:
     """The whole model with random weights that depend on names only; biases and norms are not trivial."""
-    parallel = ParallelConfig(recompute_granularity=recompute, recompute_modules=modules)
+    parallel = ParallelConfig(
+        recompute_granularity=recompute, recompute_modules=modules, recompute_experts=experts, offload_layers=offload
+    )
     (stage,) = build_stages(transformer_config(model, parallel, precision), model, TOKENIZER_SIZE)
     load_weights([stage], RandomSource(3, model), model, tp_rank=0, tp=1)
     generator = torch.Generator().manual_seed(4)
