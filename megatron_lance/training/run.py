@@ -51,6 +51,7 @@ from megatron_lance.training.guards import guarded
 from megatron_lance.training.looks import Looks
 from megatron_lance.training.loop import Session
 from megatron_lance.training.metrics import StepMetrics, written_in
+from megatron_lance.training.ownership import owned
 from megatron_lance.training.preview import Preview, read_prompts
 from megatron_lance.training.rewind import train_with_rewinds
 from megatron_lance.training.setup import Trainee, build, weight_source
@@ -117,7 +118,7 @@ def _open(run: RunConfig) -> tuple[Tokenizer, DataIdentity, Checkpoint | None]:
 def _agreed(
     checkpoint: Checkpoint | None, source: WeightSource | Checkpoint, run: RunConfig, data: DataIdentity
 ) -> tuple[Checkpoint | None, WeightSource | Checkpoint]:
-    """The first rank's checkpoint to go on from, its files or those of the initial weights held against their digests.
+    """The checkpoint to go on from, as the first rank finds it; its files, or the initial weights', are looked through.
 
     Args:
         checkpoint: what this rank found.
@@ -126,7 +127,7 @@ def _agreed(
         data: what a data position refers to.
     """
     own = checkpoint
-    checkpoint = first_ranks(lambda: own)
+    checkpoint = first_ranks(lambda: find_checkpoint(run.training))  # again: the run before may have ended meanwhile
     if checkpoint is not None:
         checkpoint = sound(checkpoint, run.training)
         check_resumable(checkpoint, run, data)
@@ -214,7 +215,22 @@ def train_run(run: RunConfig, stop: StopRequest) -> list[StepMetrics]:
     source = weight_source(run) if checkpoint is None else PendingWeights()
     patience = max(10.0, run.training.hang_seconds / 60 + 5)  # minutes; the watchdog speaks first
     groups = parallel_groups.initialize(run.parallel, run.training.seed, patience)
-    checkpoint, source = _agreed(checkpoint, source, run, data)
+    with owned(Path(run.training.run_dir)):
+        checkpoint, source = _agreed(checkpoint, source, run, data)
+        return _train(run, stop, groups, tokenizer, data, prompts, checkpoint, source)
+
+
+def _train(
+    run: RunConfig,
+    stop: StopRequest,
+    groups: Groups,
+    tokenizer: Tokenizer,
+    data: DataIdentity,
+    prompts: Sequence[Line],
+    checkpoint: Checkpoint | None,
+    source: WeightSource | Checkpoint,
+) -> list[StepMetrics]:
+    """Build everything and train, from the checkpoint or else from the initial weights."""
     feed = Feed(run, groups, tokenizer)
     trainee = build(run, groups, tokenizer.size, source)
     average = trainee.average
