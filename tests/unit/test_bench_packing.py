@@ -79,11 +79,11 @@ def test_media_count_once_whatever_encoder_sees_them() -> None:
 
 
 def test_figures_of_row_groups() -> None:
-    given = "--stage ct3 --dp 4 --micro-batches 2 --samples 800 --nodes 1 4 --mixed 1 64 --group-mb 16".split()
-    result, text = run(row_groups, *given)
+    given = "--stage ct3 --dp 4 --micro-batches 2 --samples 800 --nodes 1 4 --mixed 1 64 --group-mb 16 --cache-gb 64"
+    result, text = run(row_groups, *given.split())
     found = {(one["mixing_row_groups"], one["nodes"]): one["bytes_read_per_byte_used"] for one in result["curve"]}
     assert 1 <= found[1, 1] < found[1, 4] and found[1, 1] < found[64, 1] < found[64, 4]
-    assert text.count("\n") == 5 and "read / used" in text
+    assert text.count("\n") == 6 and "read / used" in text
 
 
 def test_figures_of_prepack(tmp_path: Path) -> None:
