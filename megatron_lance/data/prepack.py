@@ -318,7 +318,7 @@ class _Planner:
         self._named[key[0]] += 1
         if self._named[key[0]] <= _NAMED:
             logger.warning("unusable row: %s", self._unusable[key])
-        if self._named[key[0]] == _NAMED:
+        elif self._named[key[0]] == _NAMED + 1:
             source = self._sources[key[0]].name
             logger.warning("source %s: further unusable rows stand in unusable.jsonl of the index", source)
 

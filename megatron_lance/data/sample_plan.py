@@ -19,6 +19,7 @@ from megatron_lance.data.sizes import (
     VIT_PATCH,
     Sides,
     bucket_size,
+    has_positions,
     sample_frames,
     vae_grid,
     vae_size,
@@ -204,13 +205,9 @@ def _shape(info: MediaInfo, kind: SegmentKind, task: Task, frame_conditions: str
 
 
 def _check_grid(grid: tuple[int, int, int], sizing: Sizing) -> None:
-    """Raise ValueError where a latent lies outside the position table (spec/model.md section 5).
-
-    Cell (i, j, k) reads row i*M*M + j*M + k, so a side may be longer than M as long as the last row exists.
-    """
-    t, h, w = grid
+    """Raise ValueError where a latent lies outside the position table."""
     side = sizing.position_size
-    if (t - 1) * side * side + (h - 1) * side + w > sizing.position_frames * side * side:
+    if not has_positions(grid, sizing.position_frames, side):
         raise ValueError(
             f"latent grid {grid} exceeds the position table of {sizing.position_frames} x {side} x {side}; lower "
             "data.vae_resolution or data.max_seconds_generation, or raise model.latent_position_size or "

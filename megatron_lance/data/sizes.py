@@ -187,6 +187,20 @@ def vae_grid(frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
     return (frames - 1) // VAE_FRAMES + 1, size[0] // VAE_STRIDE, size[1] // VAE_STRIDE
 
 
+def has_positions(grid: tuple[int, int, int], frames: int, side: int) -> bool:
+    """Whether all cells of a latent grid (T, H, W) have a row in a position table (spec/model.md section 5).
+
+    Cell (i, j, k) reads row i*M*M + j*M + k, so a side may be longer than M as long as the last row exists.
+
+    Args:
+        grid: of latents.
+        frames: of the table, which has frames * M * M rows.
+        side: M.
+    """
+    t, h, w = grid
+    return (t - 1) * side * side + (h - 1) * side + w <= frames * side * side
+
+
 def vit_grid(frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
     """(T, H, W) ViT tokens, after the 2x2 merge, of `frames` frames of `size` (H, W) pixels.
 

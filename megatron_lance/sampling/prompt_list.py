@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lance.config.schema import ModelConfig
-from megatron_lance.data.sizes import vae_grid
+from megatron_lance.data.sizes import has_positions, vae_grid
 from megatron_lance.packing.sample import Task
 from megatron_lance.sampling.requests import Prompt, PromptError
 
@@ -261,7 +261,7 @@ def check_grid(grid: tuple[int, int, int], model: ModelConfig, where: str) -> No
         PromptError: if it has no place in it.
     """
     side = model.latent_position_size
-    if (grid[0] - 1) * side**2 + (grid[1] - 1) * side + grid[2] > model.latent_position_frames * side**2:
+    if not has_positions(grid, model.latent_position_frames, side):
         raise PromptError(
             f"{where}: latent grid {grid} of {16 * grid[1]}x{16 * grid[2]} pixels and {4 * grid[0] - 3} frames exceeds "
             f"the model's position table of {model.latent_position_frames} x {side} x {side}; choose a smaller size or "

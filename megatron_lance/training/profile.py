@@ -24,6 +24,7 @@ from megatron_lance.checkpoint.hf_lance import RandomSource
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig, RunConfig
 from megatron_lance.data.prompt import Tokenizer
+from megatron_lance.data.sizes import has_positions
 from megatron_lance.data.synthetic import scaled_packs
 from megatron_lance.encoders.vae import SPATIAL, TEMPORAL, build_vae
 from megatron_lance.encoders.vit import VitEncoder
@@ -91,12 +92,12 @@ class Inputs:
 
 
 def _check_positions(packs: Sequence[Pack], model: ModelConfig, stage: str) -> None:
-    """Raise UserError where a latent lies outside the position table (spec/model.md section 5)."""
+    """Raise UserError where a latent lies outside the position table."""
     frames, side = model.latent_position_frames, model.latent_position_size
     for pack in packs:
         for placed in pack.visual_segments(*VAE_KINDS):
-            t, h, w = placed.segment.grid or (1, 1, 1)
-            if (t - 1) * side * side + (h - 1) * side + w > frames * side * side:
+            t, h, w = grid = placed.segment.grid or (1, 1, 1)
+            if not has_positions(grid, frames, side):
                 raise UserError(
                     f"--stage {stage}: a clip of {t} x {h} x {w} latents exceeds the position table of "
                     f"{frames} x {side} x {side}; set model.latent_position_frames=31 model.latent_position_size=64, "

@@ -14,6 +14,7 @@ from megatron_lance.data.sizes import (
     ASPECT_RATIOS,
     bucket_size,
     crop_window,
+    has_positions,
     sample_frames,
     vae_grid,
     vae_size,
@@ -28,6 +29,11 @@ RESOLUTIONS = st.sampled_from([64, 224, 256, 448, 476, 480, 512, 616, 640, 672, 
 
 def golden(name: str) -> Any:
     return json.loads(shared_path("golden", name).read_text())
+
+
+def test_the_last_cell_decides_whether_a_grid_has_positions() -> None:
+    assert has_positions((2, 4, 4), 2, 4) and has_positions((1, 8, 4), 2, 4)  # sides may be longer than the table's
+    assert not has_positions((2, 4, 5), 2, 4) and not has_positions((3, 1, 1), 2, 4)
 
 
 def test_buckets_are_the_golden_ones() -> None:
