@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,7 +29,7 @@ from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import PromptConfig, SourceConfig
 from megatron_lance.data.facts import FILE_SCHEMA, FileFacts, facts_table
 from megatron_lance.data.prompt import Tokenizer
-from megatron_lance.data.records import DataSetError, RecordReader, SourceFile
+from megatron_lance.data.records import DataSetError, Footer, RecordReader, SourceFile
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,11 @@ _VERSION = 2
 """Raised whenever a row would give other facts."""
 _ROWS = 2048
 """Rows of a job."""
+_READS_AT_ONCE = 32
+"""Footers asked for at a time."""
+
+FileKey = tuple[int, str]
+"""Number of a source, and name of a file of it."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +70,54 @@ class _Job(NamedTuple):
     stop: int
 
 
-def facts_path(inquiry: Inquiry, tokenizer: Tokenizer, reader: RecordReader, file: SourceFile) -> Path:
-    """Where the facts of a data file lie.
-
-    Raises:
-        DataSetError: if the data file cannot be read.
-    """
-    source = reader.source
+def facts_path(inquiry: Inquiry, tokenizer: Tokenizer, source: SourceConfig, file: SourceFile, footer: Footer) -> Path:
+    """Where the facts of a data file lie."""
     content = {
         **{"version": _VERSION, "source": source.name, "task": source.task, "raw": source.raw_bytes_input},
-        **{"file": file.name, "size": file.size, "stamp": file.stamp, "footer": reader.footer_sha256(file.name)},
+        **{"file": file.name, "size": file.size, "stamp": file.stamp, "footer": footer.sha256},
         **{"prompts": asdict(inquiry.prompts), "tokenizer": tokenizer.sha256},
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
     return inquiry.folder / f"{digest}.arrow"
 
 
+def read_footers(readers: Sequence[RecordReader], progress: bool) -> dict[FileKey, Footer]:
+    """What every file says of itself; many are asked at a time, since storage that is far away answers late.
+
+    Args:
+        readers: of the sources, in order.
+        progress: draw a progress bar on stderr.
+
+    Raises:
+        DataSetError: for the first file that cannot be read or lacks columns.
+    """
+    footers: dict[FileKey, Footer] = {}
+    files = sum(len(reader.files) for reader in readers)
+    with tqdm(total=files, desc="footers", unit="file", disable=not progress) as bar:
+        for number, reader in enumerate(readers):
+            with ThreadPoolExecutor(_READS_AT_ONCE if reader.threads_may_share else 1) as pool:
+                names = [file.name for file in reader.files]
+                for name, footer in zip(names, pool.map(reader.footer, names), strict=True):
+                    footers[number, name] = footer
+                    bar.update()
+    return footers
+
+
 def collect(
-    inquiry: Inquiry, tokenizer: Tokenizer, readers: Sequence[RecordReader], workers: int, progress: bool
-) -> dict[tuple[int, str], Path]:
+    inquiry: Inquiry,
+    tokenizer: Tokenizer,
+    readers: Sequence[RecordReader],
+    footers: Mapping[FileKey, Footer],
+    workers: int,
+    progress: bool,
+) -> dict[FileKey, Path]:
     """Make sure that every file has its facts.
 
     Args:
         inquiry: what to find out.
         tokenizer: of its folder.
         readers: of its sources, in order.
+        footers: of their files.
         workers: processes; 1: this one.
         progress: draw a progress bar on stderr.
 
@@ -106,19 +134,20 @@ def collect(
         raise UserError(
             f"data.facts '{inquiry.folder}': cannot be written ({error.strerror}); name another folder"
         ) from error
-    paths: dict[tuple[int, str], Path] = {}
+    paths: dict[FileKey, Path] = {}
     jobs: list[_Job] = []
     for number, reader in enumerate(readers):
         for file in reader.files:
-            rows = reader.row_count(file.name)
-            path = paths[number, file.name] = facts_path(inquiry, tokenizer, reader, file)
+            footer = footers[number, file.name]
+            rows = footer.rows
+            path = paths[number, file.name] = facts_path(inquiry, tokenizer, reader.source, file, footer)
             if not _is_whole(path, rows):
                 starts = range(0, max(rows, 1), _ROWS)
                 jobs += [_Job(number, file.name, start, min(start + _ROWS, rows)) for start in starts]
     total = sum(job.stop - job.start for job in jobs)
     known = len(paths) - len({(job.source, job.file) for job in jobs})
     logger.info("facts of %d of %d files are known; %d rows to probe", known, len(paths), total)
-    found: dict[tuple[int, str], dict[int, pa.RecordBatch]] = {}
+    found: dict[FileKey, dict[int, pa.RecordBatch]] = {}
     missing = {key: 0 for key in ((job.source, job.file) for job in jobs)}
     for job in jobs:
         missing[job.source, job.file] += 1

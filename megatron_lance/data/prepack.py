@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_lance.config.loader import ConfigError
 from megatron_lance.config.schema import DataConfig, ModelConfig
-from megatron_lance.data.collect import Inquiry, collect
+from megatron_lance.data.collect import Inquiry, collect, read_footers
 from megatron_lance.data.facts import FileFacts
 from megatron_lance.data.mixture import Draw, MixtureSource, mix
 from megatron_lance.data.pack_index import PackIndex
@@ -160,19 +160,20 @@ def prepack(
     readers = [RecordReader(source) for source in config.sources]
     folder = Path(config.facts) if config.facts else Path(f"{Path(config.pack_index)}.facts")
     inquiry = Inquiry(config.sources, config.prompts, config.tokenizer, folder)
-    row_groups = [[reader.row_groups(file.name) for file in reader.files] for reader in readers]
-    for reader, files_groups in zip(readers, row_groups, strict=True):
-        if not any(map(sum, files_groups)):
+    footers = read_footers(readers, progress)
+    for number, reader in enumerate(readers):
+        if not any(footers[number, file.name].rows for file in reader.files):
             raise DataSetError(
                 f"data.sources {reader.source.name}: {reader.source.path} has no rows; remove it or give it data"
             )
-    paths = collect(inquiry, tokenizer, readers, workers, progress)
+    paths = collect(inquiry, tokenizer, readers, footers, workers, progress)
     sources = []
-    for number, (reader, files_groups) in enumerate(zip(readers, row_groups, strict=True)):
-        rows = [sum(groups) for groups in files_groups]
+    for number, reader in enumerate(readers):
+        group_rows = [footers[number, file.name].group_rows for file in reader.files]
+        rows = [sum(groups) for groups in group_rows]
         facts = tuple(FileFacts(paths[number, file.name]) for file in reader.files)
         chosen = _chosen(reader, rows, config.validation_fraction, held_out)
-        group_starts = (0, *accumulate(chain.from_iterable(files_groups)))
+        group_starts = (0, *accumulate(chain.from_iterable(group_rows)))
         sources.append(_Source(reader, (0, *accumulate(rows)), group_starts, facts, chosen))
     planner = _Planner(config, model, seed, sources)
     counts = _mixture(sources, config.validation_fraction, held_out)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import posixpath
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import fsspec
@@ -16,13 +15,13 @@ import pyarrow as pa
 
 from megatron_lance.config.errors import DataError
 from megatron_lance.config.schema import SourceConfig
-from megatron_lance.data.remote import LASTING
+from megatron_lance.data.remote import LASTING, threads_may_share
 from megatron_lance.data.row_group_cache import RowGroupCache
 from megatron_lance.data.row_groups import RowGroups
 from megatron_lance.data.source_files import DataSetError, SourceFile, list_files
 from megatron_lance.packing.sample import Task
 
-__all__ = ["DataSetError", "Media", "Record", "RecordError", "RecordReader", "SourceFile", "UnreachableError"]
+__all__ = ["DataSetError", "Footer", "Media", "Record", "RecordError", "RecordReader", "SourceFile", "UnreachableError"]
 
 INTERLEAVE = ("interleave_array", "element_dtype_array")
 
@@ -72,6 +71,24 @@ class Record:
     def sample_id(self) -> str:
         """Stable name, unique over all sources."""
         return f"{self.source}/{self.file}/{self.row}"
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a parquet file says of itself.
+
+    Attributes:
+        group_rows: rows of each row group.
+        sha256: hash of its metadata: schema, row groups, sizes, statistics.
+    """
+
+    group_rows: tuple[int, ...]
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        """Of the file."""
+        return sum(self.group_rows)
 
 
 @dataclass(frozen=True)
@@ -149,26 +166,21 @@ class RecordReader:
         """Reads of remote storage that were repeated so far."""
         return self._groups.retries
 
-    def row_groups(self, file: str) -> tuple[int, ...]:
-        """Rows of each row group of a file.
+    @property
+    def threads_may_share(self) -> bool:
+        """Whether several threads may ask for footers at a time."""
+        return threads_may_share(self._fs)
+
+    def footer(self, file: str) -> Footer:
+        """What a file says of itself; the file is not kept open.
 
         Raises:
             DataSetError: if the file cannot be read, or its columns are not those of the task.
         """
-        self._is_interleaved(file)
-        return tuple(stop - start for start, stop in pairwise(self._groups.starts(file)))
-
-    def row_count(self, file: str) -> int:
-        """Rows of a file; errors as of `row_groups`."""
-        return sum(self.row_groups(file))
-
-    def footer_sha256(self, file: str) -> str:
-        """Hash of a file's metadata: schema, row groups, sizes, statistics.
-
-        Raises:
-            DataSetError: if the file cannot be read.
-        """
-        return self._groups.footer_sha256(file)
+        metadata, sha256 = self._groups.footer(file)
+        self._interleaved[file] = self._look_at_columns(file, metadata.schema.to_arrow_schema())
+        groups = range(metadata.num_row_groups)
+        return Footer(tuple(metadata.row_group(group).num_rows for group in groups), sha256)
 
     def record(self, file: str, row: int) -> Record:
         """Texts and media references of a row; flat schemas read no media column.
@@ -257,16 +269,15 @@ class RecordReader:
     def _is_interleaved(self, file: str) -> bool:
         """Whether the file has the interleave columns rather than the task's own; errors as of `_look_at_columns`."""
         if file not in self._interleaved:
-            self._interleaved[file] = self._look_at_columns(file)
+            self._interleaved[file] = self._look_at_columns(file, self._groups.parquet(file).schema_arrow)
         return self._interleaved[file]
 
-    def _look_at_columns(self, file: str) -> bool:
+    def _look_at_columns(self, file: str, schema: pa.Schema) -> bool:
         """Whether the file has the interleave columns rather than the task's own.
 
         Raises:
             DataSetError: if it has neither, or interleave columns that are no lists.
         """
-        schema = self._groups.parquet(file).schema_arrow
         names = set(schema.names)
         if self._schema is not None and names.issuperset(self._schema.columns):
             return False

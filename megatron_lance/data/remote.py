@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
+from fsspec.implementations.cached import CachingFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,17 @@ class PatientReads:
 def is_local(file_system: Any) -> bool:
     """Whether a file system of fsspec is this machine's own, mounted ones included."""
     return isinstance(file_system, LocalFileSystem)
+
+
+def threads_may_share(file_system: Any) -> bool:
+    """Whether several threads may read from a file system at a time.
+
+    Archives and sessions with a server have one position, local copies of remote files one list.
+    """
+    if isinstance(file_system, CachingFileSystem):
+        return False
+    protocols = (file_system.protocol,) if isinstance(file_system.protocol, str) else file_system.protocol
+    return is_local(file_system) or file_system.async_impl or "hf" in protocols
 
 
 def _as_os_error(read: Callable[[], T]) -> T:

@@ -22,6 +22,7 @@ from megatron_lance.data.row_group_cache import GroupColumn, RowGroupCache
 from megatron_lance.data.source_files import DataSetError, SourceFile
 
 _OPEN_FILES = 16
+_TAIL_BYTES = 1 << 16
 _READ = ("_open", "_columns", "_patiently")
 """What a copy begins without."""
 
@@ -100,25 +101,29 @@ class RowGroups:
         """
         return self._open_file(file)[1]
 
-    def footer_sha256(self, file: str) -> str:
-        """Hash of a file's metadata: schema, row groups, sizes, statistics.
+    def footer(self, file: str) -> tuple[pq.FileMetaData, str]:
+        """The metadata of a file and its hash: schema, row groups, sizes, statistics; nothing stays open.
+
+        One read where it fits in the last 64 KiB.
 
         Raises:
             DataSetError: if the file cannot be read.
         """
-        self.parquet(file)  # a file that is none says so
-        path = self.path(file)
+        path, size = self.path(file), self._by_name[file].size
 
-        def read() -> str:
-            with self._stream(path) as stream:
-                stream.seek(-8, 2)
-                length = int.from_bytes(stream.read(4), "little")
-                stream.seek(-8 - length, 2)
-                return hashlib.sha256(stream.read(length)).hexdigest()
+        def tail(length: int) -> bytes:
+            start = max(size - length, 0)
+            return bytes(self.patiently(self._fs, path, lambda: self._fs.cat_file(path, start=start, end=size)))
 
         try:
-            return str(self.patiently(self._fs, path, read))
-        except OSError as error:
+            end = tail(_TAIL_BYTES)
+            length = int.from_bytes(
+                end[-8:-4], "little"
+            )  # of the metadata, before it and the four letters of the format
+            if len(end) < length + 8 <= size:
+                end = tail(length + 8)
+            return pq.read_metadata(pa.BufferReader(end)), hashlib.sha256(end[-8 - length : -8]).hexdigest()
+        except (pa.ArrowException, OSError) as error:
             raise _unreadable(path, error) from error
 
     def cell(self, file: str, row: int, column: str) -> Any:

@@ -121,7 +121,7 @@ def test_every_row_is_a_record_with_media_of_its_kind(config: RunConfig) -> None
     for source in config.data.sources:
         reader = RecordReader(source)
         [file] = reader.files
-        for row in range(reader.row_count(file.name)):
+        for row in range(reader.footer(file.name).rows):
             record = reader.record(file.name, row)
             media = [m for m in (*record.inputs, record.target) if isinstance(m, Media)]
             assert len(media) == (2 if source.task in ("i_edit", "v_edit", "s2i") else 1)

@@ -6,6 +6,7 @@ import errno
 import gc
 import io
 import pickle
+import threading
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -19,9 +20,20 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from megatron_lance.config.schema import SourceConfig
-from megatron_lance.data.records import DataSetError, RecordError, RecordReader
+from megatron_lance.data.collect import read_footers
+from megatron_lance.data.records import DataSetError, Footer, RecordError, RecordReader
 from megatron_lance.data.remote import ATTEMPTS, PatientReads, is_local
 from megatron_lance.profiling.benchmarks.counted_files import CountedFileSystem
+
+
+def _file(table: pa.Table) -> bytes:
+    """A parquet file of a table."""
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return file.getvalue()
+
+
+GOOD = _file(pa.table({"caption": ["a cat"], "image_bytes": [b"x"]}))
 
 
 class Moody(MemoryFileSystem):
@@ -63,9 +75,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows() -> RecordReader:
     """A data set of references to media beside it."""
     fs, Moody.failures = Moody(), 0
-    file = io.BytesIO()
-    pq.write_table(pa.table({"caption": ["a cat", "a dog"], "image_bytes": ["cat.png", "lost.png"]}), file)
-    fs.pipe({"/set/a.parquet": file.getvalue(), "/set/cat.png": b"pixels of a cat"})
+    file = _file(pa.table({"caption": ["a cat", "a dog"], "image_bytes": ["cat.png", "lost.png"]}))
+    fs.pipe({"/set/a.parquet": file, "/set/cat.png": b"pixels of a cat"})
     return RecordReader(SourceConfig("pets", "moody://set", "t2i", raw_bytes_input=False))
 
 
@@ -81,7 +92,6 @@ def test_reads_that_fail_for_a_moment_are_repeated(rows: RecordReader, caplog: p
 
 
 def test_a_column_is_read_from_a_file_opened_anew(rows: RecordReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rows.row_count("a.parquet") == 2
     first = rows._groups.parquet("a.parquet")
 
     def lost(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +111,7 @@ def test_what_lasts_is_said_after_some_attempts_or_at_once(rows: RecordReader) -
         rows.media("a.parquet", 0, "image_bytes")
     assert rows.retries == ATTEMPTS - 1
     with pytest.raises(DataSetError, match=r"a.parquet: is not a readable parquet file .*Connection reset"):
-        RecordReader(rows.source).row_count("a.parquet")
+        RecordReader(rows.source).footer("a.parquet")
 
 
 def test_of_an_object_store_no_more_is_asked_for_than_is_wanted(tmp_path: Path) -> None:
@@ -111,7 +121,7 @@ def test_of_an_object_store_no_more_is_asked_for_than_is_wanted(tmp_path: Path) 
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1, compression="none", use_dictionary=False)
     storage = fsspec.filesystem(CountedFileSystem.protocol)
     reader = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i"))
-    assert reader.row_count("a.parquet") == 6
+    assert reader.record("a.parquet", 0).inputs == ("a",)  # opens the file
     before = storage.bytes_read
     assert [reader.media("a.parquet", row, "image_bytes") for row in (4, 1)] == [media[4], media[1]]
     assert 2_000_000 <= storage.bytes_read - before < 2_010_000
@@ -120,12 +130,59 @@ def test_of_an_object_store_no_more_is_asked_for_than_is_wanted(tmp_path: Path) 
         assert file.read(10) and storage.bytes_read - before > 5_000_000
 
 
+def test_a_footer_is_one_read(tmp_path: Path) -> None:
+    table = pa.table({"caption": ["a"] * 5, "image_bytes": [b"x" * 100_000] * 5})
+    pq.write_table(table, tmp_path / "long.parquet", row_group_size=2, compression="none")
+    wide = {f"column_{number}": ["a"] for number in range(1_000)}
+    pq.write_table(pa.table({"caption": ["a"], "image_bytes": [b"x"], **wide}), tmp_path / "wide.parquet")
+    storage = fsspec.filesystem(CountedFileSystem.protocol)
+    reader, reads = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i")), storage.reads
+    long, wide_one = (reader.footer(f"{name}.parquet") for name in ("long", "wide"))
+    assert long.group_rows == (2, 2, 1) and wide_one.group_rows == (1,) and long.sha256 != wide_one.sha256
+    assert storage.reads - reads == 1 + 2  # the wide one's is longer than what is asked for at first
+
+
+def test_footers_are_asked_for_together_where_threads_may_share_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.parquet").write_bytes(GOOD)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for number in range(8):
+            archive.write(tmp_path / f"{number}.parquet", f"{number}.parquet")
+    together, footer = threading.Barrier(8), RecordReader.footer
+    threads: set[int] = set()
+
+    def at_once(self: RecordReader, file: str) -> Footer:
+        together.wait(30)  # an error where one file is asked for after another
+        return footer(self, file)
+
+    def in_turn(self: RecordReader, file: str) -> Footer:
+        threads.add(threading.get_ident())
+        return footer(self, file)
+
+    for path, one, shared in ((str(tmp_path), at_once, True), (f"zip://*.parquet::{tmp_path}/all.zip", in_turn, False)):
+        monkeypatch.setattr(RecordReader, "footer", one)
+        reader = RecordReader(SourceConfig("a", path, "t2i"))
+        assert reader.threads_may_share == shared
+        footers = read_footers([reader], progress=False)
+        assert [footers[0, f"{number}.parquet"].rows for number in range(8)] == [1] * 8
+    assert len(threads) == 1
+
+
+def test_the_first_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for number in range(99):
+        (tmp_path / f"{number:02}.parquet").write_bytes(b"PAR1 cut short" if number in (41, 77) else GOOD)
+    with pytest.raises(DataSetError, match=r"41.parquet: is not a readable parquet file"):
+        read_footers([RecordReader(SourceConfig("a", str(tmp_path), "t2i"))], progress=False)
+
+
 def test_open_files_keep_nothing_of_what_was_read(tmp_path: Path) -> None:
     for number in range(6):
         table = pa.table({"caption": ["a"], "image_bytes": [bytes([number]) * 1_000_000]})
         pq.write_table(table, tmp_path / f"{number}.parquet", compression="none", use_dictionary=False)
     reader = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i"), cache_bytes=1)
-    assert all(reader.row_count(file.name) == 1 for file in reader.files)
+    assert all(reader.record(file.name, 0).inputs == ("a",) for file in reader.files)
     tracemalloc.start()
     try:
         for file in reader.files:
@@ -218,6 +275,7 @@ def test_processes_may_share_a_copy_on_a_local_disk(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copy")})
     source = SourceConfig("a", f"filecache::file://{tmp_path}/a.parquet", "t2i")
     reader, later = RecordReader(source), RecordReader(source)
+    assert not reader.threads_may_share
     assert reader.media("a.parquet", 1, "image_bytes") == b"2"
     (tmp_path / "a.parquet").unlink()
     assert later.media("a.parquet", 0, "image_bytes") == b"1"
