@@ -68,9 +68,9 @@ def main() -> int:
         return 0
     command = " ".join(["python", "tools/bench.py", *sys.argv[1:]])
     text = json.dumps({"command": command, **provenance(), **result}, indent=1)
-    print(text if args.json == STDOUT else benchmark.table(result))
     if args.json and args.json != STDOUT:
         args.json.write_text(text + "\n")
+    print(text if args.json == STDOUT else benchmark.table(result))
     return 0
 
 

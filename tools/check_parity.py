@@ -148,6 +148,8 @@ def main() -> int:
         cases = {name: [asdict(d) for d in differences] for name, differences in results.items()}
         record = {"layout": layout, "torch": torch.__version__, "device": str(groups.device), "cases": cases}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.flush()
+    dist.barrier()  # a launcher ends the other ranks when one ends with 1
     parallel_groups.destroy()
     return int(not all(d.ok for differences in results.values() for d in differences))
 

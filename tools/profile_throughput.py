@@ -34,6 +34,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=sorted(STAGES), help="synthetic packs of this mixture; else the run's data")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
+    parser.add_argument("--pool", type=int, default=2, help="steps that have synthetic packs of their own (default 2)")
     parser.add_argument("--encoders", action="store_true", help="encode random pixels before synthetic steps")
     parser.add_argument("--trace", action="store_true", help="keep the chrome trace of every rank")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
@@ -49,6 +50,8 @@ def _profile(options: argparse.Namespace) -> Profile:
         raise UserError(
             f"--steps {options.steps}, --warmup {options.warmup}: at least one step and no negative warm-up"
         )
+    if options.pool < 1:
+        raise UserError(f"--pool {options.pool}: there must be packs; name the number of steps they are for")
     if options.out.is_file():
         raise UserError(f"--out {options.out}: is a file; name a folder")
     run = load_config(options.config, options.overrides)
@@ -61,9 +64,8 @@ def _profile(options: argparse.Namespace) -> Profile:
     tokenizer = None if options.stage else Tokenizer(run.data.tokenizer)
     options.out.mkdir(parents=True, exist_ok=True)
     groups = parallel_groups.initialize(run.parallel, run.training.seed)
-    settings = Settings(
-        options.stage, options.steps, options.warmup, options.encoders, options.out if options.trace else None
-    )
+    traces = options.out if options.trace else None
+    settings = Settings(options.stage, options.steps, options.warmup, options.encoders, traces, options.pool)
     with tempfile.TemporaryDirectory() as scratch:
         profile = measure(run, groups, settings, settings.traces or Path(scratch), tokenizer)
     parallel_groups.destroy()

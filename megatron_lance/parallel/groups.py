@@ -61,7 +61,7 @@ def _replica_group(parallel: ParallelConfig, dp: int) -> dist.ProcessGroup:
     )
     own = None
     for ranks in generator.get_ranks("tp-cp-pp"):
-        group = dist.new_group(sorted(ranks))
+        group = parallel_state.create_group(sorted(ranks), group_desc="REPLICA_GROUP")
         if dist.get_rank() in ranks:
             own = group
     if own is None:
@@ -73,7 +73,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10.
     """Join the process groups of a run; one process per GPU, or per rehearsal rank on the CPU.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them; a missing environment means one process.  May be
-    called again with other degrees of the same world after `destroy`.
+    called again with other degrees of the same world after `leave`.
 
     Args:
         parallel: degrees; `config.validate` has checked them against the world size.
@@ -118,6 +118,17 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10.
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         replica=_replica_group(parallel, dp),
     )
+
+
+def leave() -> None:
+    """Leave the groups of a run but not the world, so that the same processes may `initialize` another one.
+
+    megatron-core forgets its groups and does not end them; each would keep its connections and threads.
+    """
+    own = [group for group in parallel_state._global_process_group_list or () if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in own:
+        dist.destroy_process_group(group)
 
 
 def destroy() -> None:

@@ -21,6 +21,8 @@ from megatron_lance.packing.layout import rows_per_rank
 from megatron_lance.parallel.dispatch import RankBatch
 
 GIB = 2**30
+_AHEAD = 2
+"""Inputs that the interleaved schedule has received of passes that have not begun: one to three were counted."""
 
 
 @dataclass(frozen=True)
@@ -272,16 +274,19 @@ def _head_bytes(s: _Sizes, load: PackLoad) -> tuple[int, int]:
 def _layer_backward_bytes(s: _Sizes, load: PackLoad) -> int:
     """What the backward of a layer needs beside what is kept.
 
-    The MLP of the busier expert: gradients of product, gate and up, 3 w f, or of gate and up and over tp the gathered
-    input and its gradient; or attention: float32 gradients of all keys and values, in slices, joined, reduced.
+    The MLP of the busier expert: gradients of product, gate and up, 3 w f, or of gate and up, in FP8 quantised by rows
+    and by columns beside, and over tp the gathered input and its gradient; or attention: float32 gradients of all keys
+    and values, in slices, joined, reduced.
     """
     region = int(s.rows * load.widest_region)
-    mlp = s.width * region * max(3 * s.ffn, 2 * s.ffn + (2 * s.hidden if s.tp > 1 else 0))
+    quantised = 4 * s.ffn if s.copies else 0
+    behind = s.width * (2 * s.ffn + (2 * s.hidden if s.tp > 1 else 0)) + quantised
+    mlp = region * max(3 * s.width * s.ffn, behind)
     attention = 3 * s.rows * s.q * s.width + 3 * 8 * s.kv * s.length
     return max(mlp, attention) + s.shard * s.hidden * s.width
 
 
-def _in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
+def passes_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
     """Forward passes of a model chunk that wait for their backward at most, in 1F1B or interleaved 1F1B."""
     pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     ahead = pp - pp_rank if chunks == 1 else 2 * (pp - pp_rank - 1) + (chunks - 1) * pp + 1
@@ -294,7 +299,8 @@ def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micr
     On the device: at the start of a backward pass, or within that of a layer.  Of offloaded layers it has what two
     layers keep, of the one pass that is under way: the one that runs and the one that is on its way; of all of them the
     gathered keys and values that recomputed attention keeps, 2 w kv of all tokens; and what a chunk received, which the
-    schedule holds.
+    schedule holds.  The interleaved schedule has _AHEAD inputs of passes that have not begun.  What a chunk
+    sends leaves the device then, but stays on CPUs, where gloo may still read it.
     """
     parallel, s = run.parallel, _Sizes.of(run)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
@@ -312,8 +318,9 @@ def _activations(run: RunConfig, load: PackLoad, layers: int, pp_rank: int, micr
         shares = {"und": load.und_rows, "gen": load.gen_rows}
         widest = max(shares[expert] for expert in parallel.recompute_experts) if "mlp" in _again(parallel) else 0
         again = int(s.rows * widest) * s.mlp * s.ffn
-    passes = _in_flight(parallel, pp_rank, micro_batches)
-    waiting, host = (passes - 1) * kept + now, passes * offloaded_bytes(run, load)
+    passes = passes_in_flight(parallel, pp_rank, micro_batches)
+    ahead = _AHEAD * s.shard * s.hidden * s.width if chunks > 1 else 0
+    waiting, host = (passes - 1) * kept + now + ahead, passes * offloaded_bytes(run, load)
     within = waiting + again + _layer_backward_bytes(s, load)
     if pp_rank != parallel.pipeline_model_parallel_size - 1:
         return within, host

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lance.profiling.benchmarks.ceilings import layer_shapes
+from megatron_lance.profiling.benchmarks.ceilings import BF16, FP8_BLOCKS, FP8_EXACT, FP8_FAST, layer_shapes
 
 LINEARS = ("linears und", "linears gen")
 OTHER_PRODUCTS = ("embedder", "heads")
@@ -51,28 +51,45 @@ def linears_tflops(rates: Mapping[str, float]) -> float:
     return sum(flops.values()) / sum(work / rates[name] for name, work in flops.items())
 
 
-def roofline(profile: Mapping[str, Any], measured: Mapping[str, Any], length: int, fp8: bool) -> Roofline:
-    """The roofline of a profile of one device.
+def products_of(recipe: str) -> tuple[str, str]:
+    """Kinds of products that linears compute by, forward and backward, as TransformerEngine 2.11 does on Hopper.
+
+    Args:
+        recipe: of FP8, or none.
+    """
+    if recipe == "none":
+        return BF16, BF16
+    return (FP8_BLOCKS, FP8_BLOCKS) if recipe == "blockwise" else (FP8_FAST, FP8_EXACT)
+
+
+def roofline(profile: Mapping[str, Any], measured: Mapping[str, Any], length: int, recipe: str) -> Roofline:
+    """The roofline of a profile of one device whose timed steps had one pack.
 
     Args:
         profile: of tools/profile_throughput.py, one rank.
-        measured: of `tools/bench.py attention`, on the same machine.
+        measured: of `tools/bench.py attention`, on the same machine and pack.
         length: the budget of tokens, which names the benchmark's case of a Lance pack.
-        fp8: whether the linears computed in FP8.
+        recipe: of FP8, in which the linears computed, or none.
 
     Raises:
         ValueError: if the benchmark lacks the case or the rates.
     """
     cases = [case for case in measured["cases"] if (case["case"], case["length"]) == ("lance", length)]
     products = measured["ceilings"]["tflops"]
-    kind = "float8_e4m3fn" if fp8 else "bfloat16"
-    if not cases or not cases[0]["backends"] or kind not in products:
-        raise ValueError(f"the benchmark has no Lance pack of {length} tokens or no products in {kind}")
+    forward, backward = products_of(recipe)
+    if not cases or not cases[0]["backends"] or not products.keys() >= {forward, backward}:
+        raise ValueError(
+            f"the benchmark has no Lance pack of {length} tokens or no products of {forward} and {backward}"
+        )
     attention = max(found["both"]["tflops"] for found in cases[0]["backends"].values())
-    flops = {name: sum(parts.values()) for name, parts in profile["flops"].items()}
+    flops = profile["flops"]
+    first = sum(flops[name]["forward"] + flops[name]["recompute"] for name in LINEARS)
+    second = sum(flops[name]["backward"] for name in LINEARS)
+    other = sum(sum(flops[name].values()) for name in OTHER_PRODUCTS)
     return Roofline(
-        linears_seconds=sum(flops[name] for name in LINEARS) / linears_tflops(products[kind]) / 1e12,
-        other_seconds=sum(flops[name] for name in OTHER_PRODUCTS) / linears_tflops(products["bfloat16"]) / 1e12,
-        attention_seconds=ATTENTION_WORK * profile["flops"]["attention"]["forward"] / attention / 1e12,
+        linears_seconds=(first / linears_tflops(products[forward]) + second / linears_tflops(products[backward]))
+        / 1e12,
+        other_seconds=other / linears_tflops(products[BF16]) / 1e12,
+        attention_seconds=ATTENTION_WORK * flops["attention"]["forward"] / attention / 1e12,
         step_seconds=profile["step_seconds"]["p50"],
     )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core import parallel_state
 from scipy.stats import kendalltau, spearmanr
 
 from megatron_lance.config.errors import UserError
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 validate(config, world_size)
                 groups = parallel_groups.initialize(config.parallel, config.training.seed)
                 profiles[name].append(measure(config, groups, settings, Path(scratch)))
-                parallel_state.destroy_model_parallel()
+                parallel_groups.leave()
     parallel_groups.destroy()
     packs = scaled_packs(STAGE, POOL * PACKS, args.tokens, base.training.seed)
     return _compared(runs, profiles, [_shape(pack) for pack in packs], world_size) | {

@@ -7,6 +7,7 @@ steps warm up, some are timed as they are, one runs under torch.profiler, and on
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import time
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_lance.checkpoint.hf_lance import RandomSource
+from megatron_lance.checkpoint.hf_lance import RandomSource, WeightSource
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig, RunConfig
 from megatron_lance.data.prompt import Tokenizer
@@ -49,8 +50,9 @@ from megatron_lance.training.step import forward_backward
 from megatron_lance.training.synthetic import micro_batches
 from megatron_lance.training.update import update
 
+logger = logging.getLogger(__name__)
+
 POOL = 2
-"""Global batches of synthetic packs that steps take in turn."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Settings:
         warmup: steps before them.
         encoders: run the encoders on random pixels before each synthetic step.
         traces: folder for a chrome trace of each rank; None: none is kept.
+        pool: global batches of synthetic packs that steps take in turn.
     """
 
     stage: str | None
@@ -70,6 +73,7 @@ class Settings:
     warmup: int
     encoders: bool
     traces: Path | None
+    pool: int = POOL
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,25 @@ def _check_positions(packs: Sequence[Pack], model: ModelConfig, stage: str) -> N
                 )
 
 
+class MeaninglessWeights:
+    """Weights drawn where the model computes: what a step costs does not depend on them, and the CPU takes a minute.
+
+    Args:
+        seed: of all of them; ranks that ask for the same tensors in turn get the same.
+        device: that draws.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def get(self, key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Ones for norms, else normal with standard deviation 0.02, float32 `shape`."""
+        if "norm" in key:
+            return torch.ones(shape, device=self.device)
+        return torch.randn(shape, generator=self.generator, device=self.device) * 0.02
+
+
 class SyntheticSource:
     """Steps of packs of a stage's mixture, random values, no data set.
 
@@ -121,7 +144,7 @@ class SyntheticSource:
         self.run, self.groups = run, groups
         packs = run.training.global_batch_size
         sizes = {"hidden": run.model.hidden_size, "channels": run.model.latent_channels}
-        planned = scaled_packs(str(settings.stage), POOL * packs, run.data.seq_length, run.training.seed)
+        planned = scaled_packs(str(settings.stage), settings.pool * packs, run.data.seq_length, run.training.seed)
         _check_positions(planned, run.model, str(settings.stage))
         filled = [
             FilledPack.random(p, **sizes, vocabulary=run.model.vocab_size, seed=run.training.seed) for p in planned
@@ -130,7 +153,7 @@ class SyntheticSource:
         if settings.encoders:
             self.vit = VitEncoder.build(run.encoders, run.model.hidden_size, run.training.seed).to(groups.device)
             self.vae = build_vae(run.encoders, run.model.latent_channels, run.training.seed).to(groups.device)
-        self.steps = [self._inputs(filled[i * packs : (i + 1) * packs]) for i in range(POOL)]
+        self.steps = [self._inputs(filled[i * packs : (i + 1) * packs]) for i in range(settings.pool)]
 
     def _inputs(self, filled: Sequence[FilledPack]) -> tuple[Inputs, list[Pack]]:
         packs = [f.pack for f in filled]
@@ -149,7 +172,7 @@ class SyntheticSource:
 
     def step(self, number: int) -> Inputs:
         """The inputs of a step; encodes random pixels of the segments that fall to this rank."""
-        inputs, packs = self.steps[number % POOL]
+        inputs, packs = self.steps[number % len(self.steps)]
         if self.vit is not None:
             with part("encoders"):
                 self._encode(packs)
@@ -253,7 +276,10 @@ def _profiled(
 
 
 def _memory(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) -> dict[str, float]:
-    """Bytes by kind on this rank, and what the formulas say."""
+    """Bytes by kind on this rank, and what the formulas say.
+
+    On a GPU "total" is the peak of all that is allocated, "reserved" that of what the allocator holds.
+    """
     weights = [p for stage in trainee.stages for p in stage.parameters()]
     grads = [buffer.grad_data for chunk in trainee.chunks for buffer in chunk.buffers]
     state = [t for o in trainee.optimizer.chained_optimizers for s in o.optimizer.state.values() for t in s.values()]
@@ -264,18 +290,25 @@ def _memory(inputs: Inputs, run: RunConfig, trainee: Trainee, groups: Groups) ->
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
-        peak = torch.cuda.max_memory_allocated() - before
+        whole, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        peak = whole - before
     else:
         with LiveBytes(lambda: sum(offload.host_bytes for offload in offloads)) as counter:
             forward_backward(trainee, inputs.batches, inputs.counts, run.objective, groups, broken=0)
-        peak = counter.peak
+        peak, whole, reserved = counter.peak, 0, 0
     formula = memory_per_rank(run, dist.get_world_size(), PackLoad.of(inputs.batches))[groups.pp_rank]
-    return {
+    found: dict[str, float] = {
         "weights": sum(p.numel() * p.element_size() for p in weights),
         "gradients": sum(g.numel() * g.element_size() for g in grads),
         "optimizer": sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor)),
         "activations": peak,
+    }
+    return {
+        **found,
         "activations by formula": formula.activation_bytes,
+        "total": whole or sum(found.values()),
+        "total by formula": formula.total_bytes,
+        **({"reserved": reserved} if reserved else {}),
         **({"on the host by formula": formula.host_bytes} if offloads else {}),
     }
 
@@ -327,13 +360,17 @@ def measure(
         tokenizer: of the run; only its own data needs it.
     """
     size = run.model.vocab_size if tokenizer is None else tokenizer.size
-    trainee = build(run, groups, size, RandomSource(run.training.seed, run.model))
+    weights: WeightSource = RandomSource(run.training.seed, run.model)
+    if tokenizer is None:
+        weights = MeaninglessWeights(run.training.seed, groups.device)
+    trainee = build(run, groups, size, weights)
     source = SyntheticSource(run, groups, settings) if tokenizer is None else DataSource(run, groups, tokenizer)
     trace = folder / f"rank{dist.get_rank():05d}.json"
     try:
         _timed(source, range(settings.warmup), run, trainee, groups)
         steps = range(settings.warmup, settings.warmup + settings.steps)
         seconds, works = _timed(source, steps, run, trainee, groups)
+        logger.info("seconds of the timed steps: %s", " ".join(f"{one:.4f}" for one in seconds))
         traced, inputs = _profiled(source, steps.stop, run, trainee, groups, trace)
         memory = _memory(inputs, run, trainee, groups)
         own = _own(inputs, run, groups, seconds, traced, memory)

@@ -217,7 +217,6 @@ def build(run: RunConfig, groups: Groups, tokenizer_size: int, source: WeightSou
     clock = StepClock(groups.device)
     _connect_schedule(config, run.parallel, chunks, clock)
     optimizer = _optimizer(run, config, list(chunks))
-    config.grad_scale_func = optimizer.scale_loss
     decay = run.training.ema_decay
     average = WeightAverage(optimizer, chunks, decay) if decay else None
     gauges = Gauges(optimizer, stages)

@@ -74,7 +74,7 @@ def count(tp: int, cp: int, recompute: str | None, precision: str) -> dict[str, 
         "cp": gathered_keys_values(MODEL, layout.rows, cp, tp, width).total,
         "tp": qkv_over_tp(MODEL, layout.rows, tp, width).total + sequence_parallel(MODEL, layout.rows, tp, width).total,
     }
-    parallel_state.destroy_model_parallel()
+    parallel_groups.leave()
     found = {kind: {"counted": counter.moved[names[kind]] / layers, "computed": computed[kind]} for kind in names}
     found["cp"]["early"] = early[0]
     found["cp"]["forward"] = gathered_keys_values(MODEL, layout.rows, cp, tp, width).forward

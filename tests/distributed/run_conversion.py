@@ -17,7 +17,7 @@ from pathlib import Path
 def resave(checkpoint_folder: Path, out: Path, degrees: dict[str, int]) -> None:
     """Load on a layout, save on it."""
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
 
     from megatron_lance.checkpoint.digests import digests_of, written_by
     from megatron_lance.checkpoint.everywhere import together
@@ -51,7 +51,7 @@ def resave(checkpoint_folder: Path, out: Path, degrees: dict[str, int]) -> None:
         manifest = replace(checkpoint.manifest, files=files, world_size=dist.get_world_size())
         manifest.write(out, {name: digest for each in own for name, digest in each.items()})
     dist.barrier()
-    parallel_state.destroy_model_parallel()
+    groups.leave()
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_lance.checkpoint.hf_lance import RandomSource
 from megatron_lance.config.loader import load_config
@@ -46,7 +45,7 @@ def check(run: RunConfig) -> None:
         assert not torch.equal(everyone[0], before)
     assert torch.equal(weights(trainee), before)
     assert all(torch.equal(s.data, expected) for s, expected in zip(average.shards, averages, strict=True))
-    parallel_state.destroy_model_parallel()
+    parallel_groups.leave()
 
 
 def main() -> None:

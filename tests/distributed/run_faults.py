@@ -69,8 +69,8 @@ def injected(fault: str, at: int) -> Iterator[None]:
 def attempt(job: dict[str, Any]) -> None:
     """Train, and write down how it ended."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
+    from megatron_lance.parallel import groups
     from megatron_lance.training.run import train_run
     from megatron_lance.training.signals import StopRequest
 
@@ -81,7 +81,7 @@ def attempt(job: dict[str, Any]) -> None:
             train_run(run, stop)
         except UserError as error:
             outcome = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
-    parallel_state.destroy_model_parallel()
+    groups.leave()
     folder = Path(f"{run.training.run_dir}_outcome")
     folder.mkdir(exist_ok=True)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(outcome), encoding="utf-8")

@@ -15,7 +15,6 @@ def main() -> None:
     """Run."""
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     from megatron_lance.config.loader import load_config
     from megatron_lance.data.prompt import Tokenizer
@@ -41,7 +40,7 @@ def main() -> None:
                         "first of replica": groups.replica.rank() == 0,
                     }
                 )
-        parallel_state.destroy_model_parallel()
+        parallel_groups.leave()
     torch.save(fed, Path(out) / f"rank{dist.get_rank()}.pt")
     parallel_groups.destroy()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_lance.checkpoint.hf_lance import RandomSource
 from megatron_lance.config.loader import load_config
@@ -34,10 +33,11 @@ TOKENIZER_SIZE = 300
 
 
 def packs_of(run: RunConfig) -> list[FilledPack]:
-    """A global batch of packs that hold every task."""
+    """A global batch of one pack: passes that wait keep the same, so that what is held is that of one load."""
     sizes = {"hidden": run.model.hidden_size, "channels": run.model.latent_channels, "vocabulary": TOKENIZER_SIZE}
-    packs = [Pack(tuple(samples), run.data.seq_length) for samples in all_tasks()]
-    return [FilledPack.random(packs[i % len(packs)], **sizes, seed=1) for i in range(run.training.global_batch_size)]
+    samples, *_ = all_tasks()
+    pack = Pack(tuple(samples), run.data.seq_length)
+    return [FilledPack.random(pack, **sizes, seed=1) for _ in range(run.training.global_batch_size)]
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
@@ -82,7 +82,7 @@ def measure(config: str, overrides: list[str]) -> list[dict[str, Any]]:
     own = {"pp_rank": groups.pp_rank, "peak": counter.peak, "host": max(waiting), "load": load, **held(trainee)}
     found: list[Any] = [own] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    parallel_state.destroy_model_parallel()
+    parallel_groups.leave()
     return found
 
 

@@ -65,8 +65,6 @@ def write_weights(run: RunConfig, file: str) -> None:
 
 def main() -> None:
     """Run."""
-    from megatron.core import parallel_state
-
     from megatron_lance.config.logs import set_up_logging
     from megatron_lance.parallel import groups as parallel_groups
 
@@ -78,7 +76,7 @@ def main() -> None:
             write_weights(run, job["weights"])
         else:
             train(run)
-        parallel_state.destroy_model_parallel()
+        parallel_groups.leave()
     parallel_groups.destroy()
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_lance.checkpoint.hf_lance import RandomSource, load_weights
 from megatron_lance.config.schema import ParallelConfig
@@ -91,7 +90,7 @@ def run_layout(cached: bool, parallel: ParallelConfig) -> tuple[dict[str, torch.
     for name, settings in {"greedy": DecoderSettings(6), "top-p": DecoderSettings(6, top_p=0.9)}.items():
         found = decode(questions, [2] * len(questions), passes, settings, END, Mape.RELEASE, cached)
         answers |= {f"{q.sample.sample_id} {name}": ids for q, ids in zip(questions, found, strict=True)}
-    parallel_state.destroy_model_parallel()
+    parallel_groups.leave()
     return {r.sample.sample_id: x for r, x in zip(requests, latents, strict=True)}, answers
 
 

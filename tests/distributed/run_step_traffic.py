@@ -62,7 +62,7 @@ def count(name: str) -> dict[str, Any]:
     ]
     transfers = step_transfers(run, dist.get_world_size(), groups.pp_rank, und_rows=mean[0], ce_rows=mean[1])
     computed = {axis: sum(t.moved for t in transfers if t.axis == axis) for axis in found}
-    parallel_state.destroy_model_parallel()
+    parallel_groups.leave()
     own = {"rank": dist.get_rank(), "counted": found, "computed": computed}
     everyone: list[Any] = [own] * dist.get_world_size()
     dist.all_gather_object(everyone, own)

@@ -110,8 +110,8 @@ def flip(file: Path) -> None:
 def attempt(job: dict[str, Any]) -> None:
     """Train, and write down how it ended."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
+    from megatron_lance.parallel import groups
     from megatron_lance.training.run import train_run
     from megatron_lance.training.signals import StopRequest
 
@@ -133,7 +133,7 @@ def attempt(job: dict[str, Any]) -> None:
     except UserError as error:
         log.write(f"ERROR {error}")
     logging.getLogger().removeHandler(handler)
-    parallel_state.destroy_model_parallel()
+    groups.leave()
     outcome = Path(f"{run.training.run_dir}_outcome")
     outcome.mkdir(exist_ok=True)
     (outcome / f"{dist.get_rank()}.txt").write_text(log.getvalue(), encoding="utf-8")
@@ -141,15 +141,13 @@ def attempt(job: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run."""
-    from megatron.core import parallel_state
-
     from megatron_lance.config.logs import set_up_logging
     from megatron_lance.config.schema import ParallelConfig
     from megatron_lance.parallel import groups
 
     set_up_logging(first_rank=True)
     groups.initialize(ParallelConfig(), seed=1)
-    parallel_state.destroy_model_parallel()
+    groups.leave()
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         attempt(job)
     groups.destroy()

@@ -16,8 +16,6 @@ from megatron_lance.config.validate import validate
 
 def main() -> None:
     """Run."""
-    from megatron.core import parallel_state
-
     from megatron_lance.parallel import groups as parallel_groups
     from megatron_lance.training.run import train_run
     from megatron_lance.training.signals import StopRequest
@@ -28,7 +26,7 @@ def main() -> None:
         validate(run, int(os.environ["WORLD_SIZE"]))
         with StopRequest(run.training.stop_after_minutes) as stop:
             train_run(run, stop)
-        parallel_state.destroy_model_parallel()
+        parallel_groups.leave()
     parallel_groups.destroy()
 
 

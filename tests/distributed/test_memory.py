@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_lance.config.fp8 import row_alignment
 from megatron_lance.config.loader import load_config
+from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
-from megatron_lance.profiling.memory import PackLoad, memory_per_rank
+from megatron_lance.packing.layout import rows_per_rank
+from megatron_lance.profiling.memory import PackLoad, memory_per_rank, passes_in_flight
 from tests.distributed.launch import on_ranks
 from tests.shared import REPOSITORY
 
@@ -37,9 +40,22 @@ LAYOUTS = [
     [f"{CP}=2", BF16, "model.attention_backend=varlen_emulated"],
     [f"{PP}=2", f"{OFFLOAD}=3", "model.num_layers=8"],
     [f"{PP}=2", f"{VPP}=2", f"{OFFLOAD}=1", "model.num_layers=12", SELECTIVE, "parallel.recompute_modules=[core_attn]"],
+    [f"{PP}=2", f"{VPP}=2", f"{OFFLOAD}=1", "model.num_layers=12", SELECTIVE, MODULES],
+    [f"{TP}=2", f"{PP}=2", f"{VPP}=2", "model.num_layers=8", FULL],
+    [f"{TP}=2", f"{CP}=2", f"{OFFLOAD}=2", "model.num_layers=8", SELECTIVE, MODULES],
     [f"{OFFLOAD}=3", *OF_GEN],  # a pack per replica: the model takes the most of each expert in any pack
 ]
 COMMON = ["data.seq_length=2304", "model.hidden_size=128", "model.ffn_hidden_size=344", "training.global_batch_size=4"]
+
+
+def sent_bytes(run: RunConfig, pp_rank: int) -> int:
+    """What chunks have sent and CPU runs keep until its backward: gloo may still read it."""
+    parallel = run.parallel
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    pp, rows = parallel.pipeline_model_parallel_size, rows_per_rank(run.data.seq_length, cp, tp, row_alignment(run))
+    passes = passes_in_flight(parallel, pp_rank, run.training.global_batch_size * tp * cp * pp // 4)
+    passes -= pp_rank == pp - 1  # the last chunk sends nothing
+    return passes * rows // tp * run.model.hidden_size * (4 if run.training.precision == "float32" else 2)
 
 
 @pytest.mark.distributed
@@ -61,7 +77,7 @@ def test_formulas_are_what_every_rank_holds(tmp_path: Path) -> None:
             assert rank["gradient_bytes"] == pytest.approx(expected.gradient_bytes, rel=0.01), layout
             assert rank["optimizer_bytes"] == pytest.approx(expected.optimizer_bytes, rel=0.03), layout
             name = f"{' '.join(layout[len(COMMON) :])} pp rank {rank['pp_rank']}"
-            errors[name] = round(expected.activation_bytes / rank["peak"] - 1, 3)
+            errors[name] = round((expected.activation_bytes + sent_bytes(run, rank["pp_rank"])) / rank["peak"] - 1, 3)
             if run.parallel.offload_layers:
                 errors[f"{name}, host"] = round(expected.host_bytes / rank["host"] - 1, 3)
     assert {name: error for name, error in errors.items() if abs(error) > 0.1} == {}

@@ -6,13 +6,15 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.ops.attention import BACKENDS
-from megatron_lance.profiling.benchmarks import attention
+from megatron_lance.packing.attention_plan import AttentionPlan
+from megatron_lance.profiling.benchmarks import attention, ceilings
 from megatron_lance.profiling.benchmarks.ceilings import layer_shapes, why_not_fp8
 from tests.command import Commander
 
@@ -43,10 +45,10 @@ def test_a_run_counts_allowed_pairs_and_says_what_is_absent() -> None:
             assert figures["p20_ms"] <= figures["p50_ms"] <= figures["p80_ms"]
             assert figures["tflops"] == pytest.approx(flops * case["pairs"] * 16 * 128 / figures["p50_ms"] / 1e9)
     assert result["ceilings"]["copy_gb_per_s"] > 0
-    assert set(result["ceilings"]["tflops"]["bfloat16"]) == set(layer_shapes(8))
+    assert set(result["ceilings"]["tflops"]["bf16"]) == set(layer_shapes(8))
     lines = attention.table(result).split("\n")
     assert sum(line.startswith(("causal", "lance")) for line in lines) == 4
-    assert "varlen_te: not measured, needs a GPU" in lines and "float8_e4m3fn: not measured, needs a GPU" in lines
+    assert {f"{name}: not measured, needs a GPU" for name in ("varlen_te", "fp8 fast", "fp8 blocks")} <= set(lines)
 
 
 def test_a_run_that_is_interrupted_gives_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +59,57 @@ def test_a_run_that_is_interrupted_gives_what_it_has(monkeypatch: pytest.MonkeyP
     options = arguments("--lengths", "64", "128", "--cases", "full", "--dtype", "float32", "--repeats", "1")
     options.only = ["sdpa", "dense"]
     result = attention.run(options)
-    assert result["stopped"] and [set(case["backends"]) for case in result["cases"]] == [{"sdpa"}]
+    assert result["stopped"] and [set(case["backends"]) for case in result["cases"]] == [{"sdpa"}, {"sdpa"}]
     assert result["ceilings"]["copy_gb_per_s"] > 0 and "sdpa" in attention.table(result)
+
+
+def test_the_long_come_first_and_what_is_compiled_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time runs out, rates of short packs and of compiled backends are what is missing."""
+    seen: list[tuple[str, int]] = []
+
+    def measured(name: str, inputs: Any, repeats: int) -> dict[str, Any]:
+        seen.append((name, inputs.plan.length))
+        return {}
+
+    monkeypatch.setattr(attention, "_measure", measured)
+    monkeypatch.setitem(BACKENDS, "flex", BACKENDS["sdpa"])
+    options = arguments("--lengths", "64", "256", "128", "--cases", "full", "--dtype", "float32", "--repeats", "1")
+    options.only = ["flex", "sdpa"]
+    assert [case["length"] for case in attention.run(options)["cases"]] == [64, 256, 128]
+    assert seen == [(name, length) for name in ("sdpa", "flex") for length in (256, 128, 64)]
+
+
+def test_a_device_that_fails_for_good_loses_nothing_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = attention._Inputs
+
+    def inputs(plan: AttentionPlan, *rest: Any) -> Any:
+        if plan.length == 64:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return make(plan, *rest)
+
+    monkeypatch.setattr(attention, "_Inputs", inputs)
+    options = arguments("--lengths", "64", "128", "--cases", "full", "--dtype", "float32", "--repeats", "1")
+    options.only = ["sdpa"]
+    short, long = attention.run(options)["cases"]
+    assert set(long["backends"]) == {"sdpa"} and "illegal memory access" in short["failed"]["sdpa"]
+
+
+def test_products_that_torch_does_not_have_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands where a GPU is, and refuses the scales of blocks."""
+    monkeypatch.setattr(ceilings, "why_not_fp8", lambda device: "")
+
+    def scaled(a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor, **settings: Any) -> torch.Tensor:
+        if scales[0].dim():
+            assert scales[0].shape == (a.shape[0], -(-a.shape[1] // 128)) and scales[0].stride(0) == 1
+            assert scales[1].shape == (-(-a.shape[1] // 128), -(-b.shape[1] // 128)) and scales[1].stride(0) == 1
+            raise RuntimeError("scaling of blocks is not supported")
+        return (a.float() @ b.float()).to(settings["out_dtype"])
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled)
+    monkeypatch.setattr(ceilings, "layer_shapes", lambda rows: {"qkv": (rows, 256, 384), "fc2": (rows, 1408, 256)})
+    found = ceilings.measure_ceilings(16, 1 << 10, 1, torch.device("cpu"))
+    assert list(found["tflops"]) == ["bf16", "fp8 fast", "fp8 exact"]
+    assert found["absent"] == {"fp8 blocks": "RuntimeError: scaling of blocks is not supported"}
 
 
 def test_a_backend_that_fails_is_named_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:

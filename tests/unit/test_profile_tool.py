@@ -12,6 +12,8 @@ import pytest
 
 from megatron_lance.config.errors import UserError
 from megatron_lance.config.schema import ModelConfig, RunConfig
+from megatron_lance.profiling.benchmarks.attention import plan_of
+from megatron_lance.profiling.criteria import memory_criterion
 from megatron_lance.profiling.flops import Work, model_flops
 from megatron_lance.profiling.throughput import SHOWN, Measured, Profile, compare, read_profile, summary, table
 from megatron_lance.profiling.throughput_page import MOST_RANKS, write_profile_page
@@ -36,6 +38,21 @@ def test_the_runs_own_data(tiny_run: TinyRun, folder: Path, command: Commander) 
     assert speed["mfu"] == pytest.approx(speed["tflops"] / 0.01) and "MFU" in done.out
     assert profile["packs"]["tokens"] <= profile["packs"]["capacity"] <= profile["packs"]["padded"]
     assert not list(folder.glob("rank*.json")), "without --trace none is kept"
+
+
+def test_with_a_pool_of_one_all_steps_have_the_pack_that_the_attention_benchmark_has(
+    tiny_run: TinyRun, tmp_path: Path, command: Commander
+) -> None:
+    sizes = "data.seq_length=512 training.global_batch_size=1 training.seed=5 model.latent_position_frames=31"
+    line = f"profile_throughput --config {tiny_run.config} --stage ct1 --steps 2 --pool {{}} --out {tmp_path} {sizes}"
+    done = command(line.format(1), folder=tiny_run.folder)
+    assert done.code == 0, done.err
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    assert profile["packs"]["mask_pairs"] == plan_of("lance", 512, "ct1", 5).mask_pairs
+    memory = {kind: found["max"] for kind, found in profile["memory"].items()}
+    assert memory["total"] == sum(memory[kind] for kind in ("weights", "gradients", "optimizer", "activations"))
+    assert memory_criterion(profile).met
+    assert command(line.format(0), folder=tiny_run.folder).err.strip().endswith("the number of steps they are for")
 
 
 def test_profiles_compare_and_describe_themselves(folder: Path, tmp_path: Path) -> None:

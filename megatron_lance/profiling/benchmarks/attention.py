@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ SUMMARY = "TFLOP/s of every attention backend, forward and backward, with copy a
 MODEL = ModelConfig()  # 16 query heads, 2 key/value heads of 128 channels
 CASES = ("full", "causal", "lance")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COMPILED = ("flex",)
+"""Backends that are compiled for each length, forward and backward."""
 PHASES = ("forward", "backward", "both", "kernel forward", "kernel backward")
 _FLOPS = dict(zip(PHASES, (4, 10, 14, 4, 10), strict=True))  # per pair, query head and channel
 _GPU_SIZES, _CPU_SIZES = (8192, 1 << 30), (32, 1 << 24)  # rows of products, bytes copied
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases", choices=CASES, nargs="+", default=["full", "lance"], help="masks (default full lance)"
     )
     parser.add_argument("--stage", choices=sorted(STAGES), default="ct3", help="of the Lance packs (default ct3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the Lance packs (default 0)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries (default bfloat16)")
     parser.add_argument(
         "--only", choices=list(BACKENDS), nargs="+", default=list(CANDIDATES), help="backends (default those of auto)"
@@ -48,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=10, help="timed runs of each (default 10)")
 
 
-def plan_of(case: str, length: int, stage: str) -> AttentionPlan:
+def plan_of(case: str, length: int, stage: str, seed: int = 0) -> AttentionPlan:
     """The plan of a case; a Lance pack is filled as well as the stage's samples allow."""
     if case == "lance":
-        return AttentionPlan.from_pack(scaled_packs(stage, 1, length)[0])
+        return AttentionPlan.from_pack(scaled_packs(stage, 1, length, seed)[0])
     return AttentionPlan(length, (AttentionSlice((0, length), ((0, length),), case == "causal"),))
 
 
@@ -70,6 +73,11 @@ class _Inputs:
         self.k, self.v = (normal(MODEL.num_query_groups, torch.float32).requires_grad_() for _ in range(2))
         self.grad = normal(MODEL.num_attention_heads, dtype)
 
+    def both(self, name: str) -> None:
+        """Forward and backward of a backend."""
+        leaves = (self.q, self.k, self.v)
+        torch.autograd.grad(joint_attention(*leaves, self.plan, name), leaves, self.grad)
+
     def bodies(self, name: str) -> dict[str, Callable[[], object]]:
         """What is timed of a backend, by phase."""
         leaves = (self.q, self.k, self.v)
@@ -81,14 +89,11 @@ class _Inputs:
             with torch.no_grad():
                 call()
 
-        def both() -> None:
-            torch.autograd.grad(call(), leaves, self.grad)
-
         out = call()
         return {
             "forward": forward,
             "backward": lambda: torch.autograd.grad(out, leaves, self.grad, retain_graph=True),
-            "both": both,
+            "both": lambda: self.both(name),
             **(self._kernel_bodies(name) if name in KERNELS else {}),
         }
 
@@ -108,37 +113,31 @@ class _Inputs:
 def _measure(name: str, inputs: _Inputs, repeats: int) -> dict[str, Any]:
     """Times and rates of one backend on one plan, and on a GPU the peak of its memory."""
     per_pair = inputs.plan.mask_pairs * MODEL.num_attention_heads * MODEL.kv_channels
-    gpu = inputs.device.type == "cuda"
     found: dict[str, Any] = {}
-    before = torch.cuda.memory_allocated(inputs.device) if gpu else 0
     for phase, body in inputs.bodies(name).items():
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(inputs.device)
         times = percentiles(run_times(body, repeats, inputs.device))
         found[phase] = {**times, "tflops": 1e-9 * _FLOPS[phase] * per_pair / times["p50_ms"]}
-        if gpu and phase == "both":
-            found["peak_mib"] = (torch.cuda.max_memory_allocated(inputs.device) - before) / 2**20
+    if inputs.device.type == "cuda":
+        before = torch.cuda.memory_allocated(inputs.device)
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        inputs.both(name)
+        found["peak_mib"] = (torch.cuda.max_memory_allocated(inputs.device) - before) / 2**20
     return found
 
 
-def _measure_case(
+def _measure_all(
     cases: list[dict[str, Any]],
-    kind: str,
-    length: int,
-    names: list[str],
+    plans: Sequence[AttentionPlan],
+    names: Sequence[str],
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Add one mask and length to the cases, backend by backend."""
-    plan = plan_of(kind, length, args.stage)
-    inputs = _Inputs(plan, DTYPES[args.dtype], device)
-    case: dict[str, Any] = {"case": kind, "length": length, "tokens": plan.length, "pairs": plan.mask_pairs}
-    case |= {"slices": len(plan.slices), "backends": {}, "failed": {}}
-    cases.append(case)
-    for name in names:
+    """Fill the cases in, the long ones first; a backend that must be compiled for each comes last, behind the rest."""
+    pairs = sorted(zip(cases, plans, strict=True), key=lambda pair: -pair[1].length)
+    for name, (case, plan) in tqdm([(name, pair) for name in names for pair in pairs], leave=False):
         try:
-            case["backends"][name] = _measure(name, inputs, args.repeats)
-        except FAILURES as error:
+            case["backends"][name] = _measure(name, _Inputs(plan, DTYPES[args.dtype], device), args.repeats)
+        except FAILURES as error:  # after an illegal access nothing works any more, and each says so
             case["failed"][name] = f"{type(error).__name__}: {error}"
 
 
@@ -155,18 +154,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     absent = {name: reason for name, reason in absent.items() if reason}
     rows, copied = _GPU_SIZES if device.type == "cuda" else _CPU_SIZES
     ceilings = measure_ceilings(rows, copied, args.repeats, device)
-    names = [name for name in args.only if name not in absent]
-    cases: list[dict[str, Any]] = []
+    names = sorted((name for name in args.only if name not in absent), key=COMPILED.__contains__)
+    kinds = [(kind, length) for length in args.lengths for kind in args.cases]
+    plans = [plan_of(kind, length, args.stage, args.seed) for kind, length in kinds]
+    cases = [
+        {
+            **{"case": kind, "length": length, "tokens": plan.length, "pairs": plan.mask_pairs},
+            **{"slices": len(plan.slices), "backends": {}, "failed": {}},
+        }
+        for (kind, length), plan in zip(kinds, plans, strict=True)
+    ]
     stopped = False
     try:
-        for kind, length in tqdm([(kind, length) for length in args.lengths for kind in args.cases], leave=False):
-            _measure_case(cases, kind, length, names, args, device)
+        _measure_all(cases, plans, names, args, device)
     except KeyboardInterrupt:  # what is measured by then is worth having
         stopped = True
     return {
         "heads": [MODEL.num_attention_heads, MODEL.num_query_groups, MODEL.kv_channels],
         "dtype": args.dtype,
         "stage": args.stage,
+        "seed": args.seed,
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "ceilings": ceilings,

@@ -5,6 +5,7 @@ Station: device -> [ceilings] -> benchmarks of attention and of whole steps, whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,13 @@ from megatron_lance.config.schema import ModelConfig
 from megatron_lance.profiling.benchmarks.timing import percentiles, run_times
 
 MODEL = ModelConfig()
-_FP8 = torch.float8_e4m3fn
+BF16, FP8_FAST, FP8_EXACT, FP8_BLOCKS = KINDS = ("bf16", "fp8 fast", "fp8 exact", "fp8 blocks")
+"""Products: in FP8 with a scale per tensor and fast or exact accumulation, or scales per block (TransformerEngine takes
+the fast ones forward, the exact ones backward, where scales are those of tensors)."""
+_BLOCK = 128
 _FP8_CAPABILITY = (8, 9)
+_FAILURES = (RuntimeError, ValueError, TypeError)
+"""Of products that this version of torch or this device does not have."""
 
 
 def layer_shapes(rows: int) -> dict[str, tuple[int, int, int]]:
@@ -31,19 +37,32 @@ def layer_shapes(rows: int) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def _product(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-    """A product of random values; FP8 with one scale per tensor and a bf16 result."""
+def _product(shape: tuple[int, int, int], kind: str, device: torch.device) -> Callable[[], torch.Tensor]:
+    """A product of random values; in FP8 with scales of one and a bf16 result."""
     rows, inputs, outputs = shape
-    source = torch.bfloat16 if dtype == _FP8 else dtype
     generator = torch.Generator(device).manual_seed(0)
     a, b = (
-        torch.randn(*size, generator=generator, device=device, dtype=source).to(dtype)
+        torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
         for size in ((rows, inputs), (outputs, inputs))
     )
-    if dtype != _FP8:
+    if kind == BF16:
         return lambda: a @ b.t()
-    scale = torch.ones((), device=device)
-    return lambda: torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+
+    def product(scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
+        fast = kind == FP8_FAST
+        return torch._scaled_mm(a8, b8.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+    if kind != FP8_BLOCKS:
+        return lambda: product(one, one)
+    across, down = -(-inputs // _BLOCK), -(-outputs // _BLOCK)
+    of_a = torch.ones(across, rows, device=device).t()  # of 1 x 128 values, column by column
+    of_b = torch.ones(down, -(-across // 4) * 4, device=device)[:, :across].t()  # of 128 x 128, rows in fours
+    try:
+        product(of_a, of_b)
+    except _FAILURES:  # versions of torch before cuBLAS's rule was known
+        of_b = torch.ones(down, across, device=device).t()
+    return lambda: product(of_a, of_b)
 
 
 def why_not_fp8(device: torch.device) -> str:
@@ -71,20 +90,26 @@ def measure_ceilings(rows: int, copied: int, repeats: int, device: torch.device)
         device: to measure.
 
     Returns:
-        copy_gb_per_s; tflops by type (bfloat16, float8_e4m3fn) and shape; absent: type -> reason.
+        copy_gb_per_s; tflops by kind (KINDS) and shape; absent: kind -> reason.
     """
-    found: dict[str, Any] = {"copy_gb_per_s": copy_gb_per_s(copied, repeats, device), "rows": rows, "tflops": {}}
-    absent = {str(_FP8).removeprefix("torch."): why_not_fp8(device)}
-    for dtype in (torch.bfloat16, _FP8):
-        name = str(dtype).removeprefix("torch.")
-        if absent.get(name):
-            continue
-        found["tflops"][name] = {
-            shape_name: 2e-9
-            * shape[0]
-            * shape[1]
-            * shape[2]
-            / percentiles(run_times(_product(shape, dtype, device), repeats, device))["p50_ms"]
-            for shape_name, shape in layer_shapes(rows).items()
-        }
-    return {**found, "absent": {name: reason for name, reason in absent.items() if reason}}
+    found: dict[str, Any] = {"copy_gb_per_s": copy_gb_per_s(copied, repeats, device), "rows": rows}
+    found |= {"tflops": {}, "absent": {}}
+    for kind in KINDS:
+        reason = "" if kind == BF16 else why_not_fp8(device)
+        try:
+            rates = {} if reason else _rates(kind, rows, repeats, device)
+        except _FAILURES as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            found["absent"][kind] = reason
+        else:
+            found["tflops"][kind] = rates
+    return found
+
+
+def _rates(kind: str, rows: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """TFLOP/s of one kind of products by shape."""
+    return {
+        name: 2e-9 * math.prod(shape) / percentiles(run_times(_product(shape, kind, device), repeats, device))["p50_ms"]
+        for name, shape in layer_shapes(rows).items()
+    }

@@ -1,0 +1,54 @@
+"""Process groups in one process: what a run leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_lance.checkpoint.hf_lance import RandomSource
+from megatron_lance.config.schema import DataConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_lance.parallel import groups
+from megatron_lance.training.setup import build
+from tests.unit.tiny_model import TINY, TOKENIZER_SIZE, one_rank
+
+TASKS = Path("/proc/self/task")
+
+
+def gloo_loops() -> int:
+    """Threads that look after gloo's connections, one per group."""
+    return sum(file.read_text().strip() == "gloo_tcp_loop" for file in TASKS.glob("*/comm"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts threads of gloo; NCCL serves here")
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads in /proc, which this system lacks")
+def test_groups_of_layouts_one_after_another_do_not_add_up() -> None:
+    with one_rank():
+        first = gloo_loops()
+        for _ in range(3):
+            groups.leave()
+            groups.initialize(ParallelConfig(), seed=1)
+        assert dist.is_initialized() and gloo_loops() == first > 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_model_that_nobody_uses_any_more_is_let_go(precision: str, sharded: bool) -> None:
+    """megatron-core's hooks, buffers and configuration hold one another; the garbage collector must see the ring."""
+    run = RunConfig(
+        model=TINY,
+        parallel=ParallelConfig(use_distributed_optimizer=sharded),
+        optimizer=OptimizerConfig(),
+        data=DataConfig(seq_length=64),
+        training=TrainingConfig(precision=precision, global_batch_size=1),
+    )
+    with one_rank() as own:
+        trainee = build(run, own, TOKENIZER_SIZE, RandomSource(1, TINY))
+        chunk = weakref.ref(trainee.chunks[0])
+        del trainee
+        gc.collect()
+        assert chunk() is None
