@@ -38,6 +38,8 @@ def main() -> int:
     for number in args.pack:
         if number < 0:
             raise UserError(f"--pack {number}: pack numbers start at 0; give 0 to {len(index) - 1}")
+        if number >= len(index):
+            print(f"pack {number} lies behind the last one: pack {number % len(index)} again, with later epochs' noise")
         planned = index.pack(number)
         print(planned)
         if args.cp > 1:

@@ -241,8 +241,8 @@ def latest_step(root: Path) -> int | None:
 
 
 def _available(root: Path) -> str:
-    steps = steps_in(root)
-    return f"'{root}' has steps {', '.join(map(str, steps))}" if steps else f"'{root}' has no checkpoint"
+    steps, where = steps_in(root), root if root.name else root.absolute()
+    return f"'{where}' has steps {', '.join(map(str, steps))}" if steps else f"'{where}' has no checkpoint"
 
 
 def _latest(root: Path, damaged_ones: Collection[Path] = ()) -> Checkpoint | None:
@@ -330,7 +330,8 @@ def find_checkpoint(training: TrainingConfig, damaged_ones: Collection[Path] = (
         return open_checkpoint(step_folder(root, int(resume))) if resume.isdecimal() else checkpoint_at(Path(resume))
     except StoreError as error:
         choices = "give auto, latest, a step or a checkpoint's folder"
-        raise StoreError(f"training.resume '{resume}': {error}; {choices}") from error
+        own = "" if resume.isdecimal() else f"; of this run {_available(root)}"
+        raise StoreError(f"training.resume '{resume}': {error}; {choices}{own}") from error
 
 
 def checkpoint_before(training: TrainingConfig, step: int) -> Checkpoint | None:

@@ -84,6 +84,8 @@ def facts_path(inquiry: Inquiry, tokenizer: Tokenizer, source: SourceConfig, fil
 def read_footers(readers: Sequence[RecordReader], progress: bool) -> dict[FileKey, Footer]:
     """What every file says of itself; many are asked at a time, since storage that is far away answers late.
 
+    Not of file systems that threads may not share: those are asked in turn.
+
     Args:
         readers: of the sources, in order.
         progress: draw a progress bar on stderr.
@@ -91,16 +93,18 @@ def read_footers(readers: Sequence[RecordReader], progress: bool) -> dict[FileKe
     Raises:
         DataSetError: for the first file that cannot be read or lacks columns.
     """
-    footers: dict[FileKey, Footer] = {}
-    files = sum(len(reader.files) for reader in readers)
-    with tqdm(total=files, desc="footers", unit="file", disable=not progress) as bar:
-        for number, reader in enumerate(readers):
-            with ThreadPoolExecutor(_READS_AT_ONCE if reader.threads_may_share else 1) as pool:
-                names = [file.name for file in reader.files]
-                for name, footer in zip(names, pool.map(reader.footer, names), strict=True):
-                    footers[number, name] = footer
-                    bar.update()
-    return footers
+    keys = [(number, file.name) for number, reader in enumerate(readers) for file in reader.files]
+
+    def ask(key: FileKey) -> Footer:
+        return readers[key[0]].footer(key[1])
+
+    def shared(key: FileKey) -> bool:
+        return readers[key[0]].threads_may_share
+
+    bar = tqdm(keys, "footers", unit="file", disable=not progress)
+    with bar as every, ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        answers = pool.map(ask, filter(shared, keys))
+        return {key: next(answers) if shared(key) else ask(key) for key in every}
 
 
 def collect(

@@ -116,11 +116,9 @@ class RowGroups:
             return bytes(self.patiently(self._fs, path, lambda: self._fs.cat_file(path, start=start, end=size)))
 
         try:
-            end = tail(_TAIL_BYTES)
-            length = int.from_bytes(
-                end[-8:-4], "little"
-            )  # of the metadata, before it and the four letters of the format
-            if len(end) < length + 8 <= size:
+            end = tail(_TAIL_BYTES)  # it ends with the metadata, their length in four bytes, and PAR1
+            length = int.from_bytes(end[-8:-4], "little")
+            if end.endswith(b"PAR1") and len(end) < length + 8 <= size:
                 end = tail(length + 8)
             return pq.read_metadata(pa.BufferReader(end)), hashlib.sha256(end[-8 - length : -8]).hexdigest()
         except (pa.ArrowException, OSError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from megatron_lance.packing.segment import Expert, Segment, SegmentKind
+from megatron_lance.packing.segment import Segment, SegmentKind
 
 
 class Task(StrEnum):
@@ -210,7 +210,3 @@ class Pack:
     def visual_segments(self, *kinds: SegmentKind) -> Iterator[PlacedSegment]:
         """The placed segments of the given kinds, in pack order; encodings follow this order."""
         return (p for p in self.placed_segments() if p.segment.kind in kinds)
-
-    def expert_length(self, expert: Expert) -> int:
-        """Tokens of one expert."""
-        return self.gen_length if expert is Expert.GEN else self.length - self.gen_length

@@ -123,7 +123,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_minutes: float = 10.
 def leave() -> None:
     """Leave the groups of a run but not the world, so that the same processes may `initialize` another one.
 
-    megatron-core forgets its groups and does not end them; each would keep its connections and threads.
+    megatron-core forgets its groups and does not end them; each would keep its connections and threads.  They end with
+    the last object that has the group, such as a model.
     """
     own = [group for group in parallel_state._global_process_group_list or () if group is not None]
     parallel_state.destroy_model_parallel()

@@ -27,7 +27,7 @@ class Criterion:
     """One value and its bound.
 
     Attributes:
-        value: as measured.
+        value: as measured; NaN: it could not be.
         bound: that it must reach, or stay below.
         at_least: which of the two.
     """
@@ -42,8 +42,8 @@ class Criterion:
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def record(self) -> dict[str, Any]:
-        """For a report."""
-        return {**asdict(self), "met": self.met}
+        """For a report, which has null where there is no value."""
+        return {**asdict(self), "value": None if math.isnan(self.value) else self.value, "met": self.met}
 
 
 def linears_seconds(profile: Mapping[str, Any]) -> float:
@@ -61,11 +61,13 @@ def fp8_criteria(half: Mapping[str, Any], quarter: Mapping[str, Any]) -> dict[st
         quarter: of the same steps in FP8.
     """
     before, after = linears_seconds(half), linears_seconds(quarter)
-    faster = before / after if after else math.nan  # the profiler told no part's kernels
-    bound = half["step_seconds"]["p50"] - before + after
+    faster = limit = math.nan
+    if before and after:  # else the profiler told no part's kernels
+        faster, bound = before / after, half["step_seconds"]["p50"] - before + after
+        limit = bound / quarter["step_seconds"]["p50"]
     return {
         "linears in FP8 over bf16": Criterion(faster, FP8_LINEARS),
-        "Amdahl bound over step in FP8": Criterion(bound / quarter["step_seconds"]["p50"], AMDAHL_SHARE),
+        "Amdahl bound over step in FP8": Criterion(limit, AMDAHL_SHARE),
     }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_lance.profiling.benchmarks.ceilings import BF16, FP8_BLOCKS, FP8_EXACT, FP8_FAST, layer_shapes
+from megatron_lance.profiling.benchmarks.ceilings import BF16, FP8_BLOCKS, FP8_EXACT, FP8_FAST, FP8_ROWS, layer_shapes
 
 LINEARS = ("linears und", "linears gen")
 OTHER_PRODUCTS = ("embedder", "heads")
@@ -51,15 +51,17 @@ def linears_tflops(rates: Mapping[str, float]) -> float:
     return sum(flops.values()) / sum(work / rates[name] for name, work in flops.items())
 
 
-def products_of(recipe: str) -> tuple[str, str]:
-    """Kinds of products that linears compute by, forward and backward, as TransformerEngine 2.11 does on Hopper.
+def products_of(recipe: str) -> tuple[str, str, str]:
+    """Kinds of products that linears compute outputs, gradients of inputs and gradients of weights by.
+
+    They are those of TransformerEngine 2.11 on Hopper; the benchmark times all in the sizes of the outputs' products.
 
     Args:
         recipe: of FP8, or none.
     """
     if recipe == "none":
-        return BF16, BF16
-    return (FP8_BLOCKS, FP8_BLOCKS) if recipe == "blockwise" else (FP8_FAST, FP8_EXACT)
+        return BF16, BF16, BF16
+    return (FP8_BLOCKS, FP8_BLOCKS, FP8_ROWS) if recipe == "blockwise" else (FP8_FAST, FP8_EXACT, FP8_EXACT)
 
 
 def roofline(profile: Mapping[str, Any], measured: Mapping[str, Any], length: int, recipe: str) -> Roofline:
@@ -76,19 +78,18 @@ def roofline(profile: Mapping[str, Any], measured: Mapping[str, Any], length: in
     """
     cases = [case for case in measured["cases"] if (case["case"], case["length"]) == ("lance", length)]
     products = measured["ceilings"]["tflops"]
-    forward, backward = products_of(recipe)
-    if not cases or not cases[0]["backends"] or not products.keys() >= {forward, backward}:
-        raise ValueError(
-            f"the benchmark has no Lance pack of {length} tokens or no products of {forward} and {backward}"
-        )
+    kinds = products_of(recipe)
+    if not cases or not cases[0]["backends"] or not products.keys() >= {*kinds}:
+        raise ValueError(f"the benchmark has no Lance pack of {length} tokens or no products of {', '.join(kinds)}")
     attention = max(found["both"]["tflops"] for found in cases[0]["backends"].values())
     flops = profile["flops"]
     first = sum(flops[name]["forward"] + flops[name]["recompute"] for name in LINEARS)
-    second = sum(flops[name]["backward"] for name in LINEARS)
+    half = sum(flops[name]["backward"] for name in LINEARS) / 2
     other = sum(sum(flops[name].values()) for name in OTHER_PRODUCTS)
     return Roofline(
-        linears_seconds=(first / linears_tflops(products[forward]) + second / linears_tflops(products[backward]))
-        / 1e12,
+        linears_seconds=sum(
+            work / linears_tflops(products[kind]) / 1e12 for work, kind in zip((first, half, half), kinds, strict=True)
+        ),
         other_seconds=other / linears_tflops(products[BF16]) / 1e12,
         attention_seconds=ATTENTION_WORK * flops["attention"]["forward"] / attention / 1e12,
         step_seconds=profile["step_seconds"]["p50"],

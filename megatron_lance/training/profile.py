@@ -53,6 +53,7 @@ from megatron_lance.training.update import update
 logger = logging.getLogger(__name__)
 
 POOL = 2
+"""Global batches of synthetic packs that steps take in turn."""
 
 
 @dataclass(frozen=True)

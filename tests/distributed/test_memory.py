@@ -43,7 +43,7 @@ LAYOUTS = [
     [f"{PP}=2", f"{VPP}=2", f"{OFFLOAD}=1", "model.num_layers=12", SELECTIVE, MODULES],
     [f"{TP}=2", f"{PP}=2", f"{VPP}=2", "model.num_layers=8", FULL],
     [f"{TP}=2", f"{CP}=2", f"{OFFLOAD}=2", "model.num_layers=8", SELECTIVE, MODULES],
-    [f"{OFFLOAD}=3", *OF_GEN],  # a pack per replica: the model takes the most of each expert in any pack
+    [f"{OFFLOAD}=3", *OF_GEN],
 ]
 COMMON = ["data.seq_length=2304", "model.hidden_size=128", "model.ffn_hidden_size=344", "training.global_batch_size=4"]
 

@@ -73,10 +73,14 @@ def test_the_long_come_first_and_what_is_compiled_last(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(attention, "_measure", measured)
     monkeypatch.setitem(BACKENDS, "flex", BACKENDS["sdpa"])
-    options = arguments("--lengths", "64", "256", "128", "--cases", "full", "--dtype", "float32", "--repeats", "1")
+    lengths = ("--lengths", "256", "2048", "512")
+    options = arguments(*lengths, "--cases", "lance", "full", "--dtype", "float32", "--repeats", "1")
     options.only = ["flex", "sdpa"]
-    assert [case["length"] for case in attention.run(options)["cases"]] == [64, 256, 128]
-    assert seen == [(name, length) for name in ("sdpa", "flex") for length in (256, 128, 64)]
+    filled = {length: attention.plan_of("lance", length, "ct3").length for length in (2048, 512, 256)}
+    assert filled[2048] < 2048 and filled[256] < 256  # a pack is shorter than its budget
+    assert [case["length"] for case in attention.run(options)["cases"]] == [256, 256, 2048, 2048, 512, 512]
+    both = [tokens for length in (2048, 512, 256) for tokens in (filled[length], length)]
+    assert seen == [(name, tokens) for name in ("sdpa", "flex") for tokens in both]
 
 
 def test_a_device_that_fails_for_good_loses_nothing_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +105,17 @@ def test_products_that_torch_does_not_have_are_named(monkeypatch: pytest.MonkeyP
     def scaled(a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor, **settings: Any) -> torch.Tensor:
         if scales[0].dim():
             assert scales[0].shape == (a.shape[0], -(-a.shape[1] // 128)) and scales[0].stride(0) == 1
-            assert scales[1].shape == (-(-a.shape[1] // 128), -(-b.shape[1] // 128)) and scales[1].stride(0) == 1
-            raise RuntimeError("scaling of blocks is not supported")
+            across, down = -(-a.shape[1] // 128), -(-b.shape[1] // 128)
+            if scales[1].shape == (across, down):
+                assert scales[1].stride(0) == 1 and scales[1].stride(1) in (across, -(-across // 4) * 4)
+                raise RuntimeError("scaling of blocks is not supported")
+            assert scales[1].shape == (across, b.shape[1]) and scales[1].stride(1) == 1
         return (a.float() @ b.float()).to(settings["out_dtype"])
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled)
     monkeypatch.setattr(ceilings, "layer_shapes", lambda rows: {"qkv": (rows, 256, 384), "fc2": (rows, 1408, 256)})
     found = ceilings.measure_ceilings(16, 1 << 10, 1, torch.device("cpu"))
-    assert list(found["tflops"]) == ["bf16", "fp8 fast", "fp8 exact"]
+    assert list(found["tflops"]) == ["bf16", "fp8 fast", "fp8 exact", "fp8 rows"]
     assert found["absent"] == {"fp8 blocks": "RuntimeError: scaling of blocks is not supported"}
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -175,10 +175,16 @@ def test_steps_are_judged() -> None:
         f"{quarter}: Amdahl bound over step in FP8": ((5.0 - 2.0 + 1.6) / 4.0, 0.9, True),
     }
     assert gpu_check.criteria({"stack": {"status": "ok", "result": {"gpu": None}}}) == {}
-    untold = profiled(4.0)
-    untold["parts"] = {name: {"mean": 0.0} for name in ("linears und", "linears gen")}
-    found = gpu_check.criteria({"ct, bf16, 7 layers": {"result": profiled(5.0)}, quarter: {"result": untold}})
-    assert not found[f"{quarter}: linears in FP8 over bf16"]["met"]
+    assert gpu_check.offload_slows(done) == 9.0 / 5.0
+    del done["ct, bf16, 7 layers"]
+    assert gpu_check.offload_slows(done) is None
+    untold = {"parts": {name: {"mean": 0.0} for name in ("linears und", "linears gen")}}
+    for half, fp8 in product(({}, untold), repeat=2):
+        results = {"ct, bf16, 7 layers": profiled(5.0) | half, quarter: profiled(4.0) | fp8}
+        found = gpu_check.criteria({name: {"result": result} for name, result in results.items()})
+        for what in ("linears in FP8 over bf16", "Amdahl bound over step in FP8"):
+            assert (found[f"{quarter}: {what}"]["value"] is None) == bool(half or fp8)
+            assert not (found[f"{quarter}: {what}"]["met"] and (half or fp8))
     assert not Criterion(float("nan"), 0.9).met and not Criterion(float("nan"), 0.1, at_least=False).met
 
 
@@ -232,7 +238,7 @@ def test_steps_are_held_against_the_rates_of_the_same_suite() -> None:
     assert found["ct, bf16, 7 layers"]["seconds"] == pytest.approx(1.8 + 0.2 + 1.75)
     assert found["ct, bf16, 7 layers"]["share"] == pytest.approx(0.75)
     assert found["ct, FP8 tensorwise, 7 layers"]["seconds"] == pytest.approx(0.3 + 0.8 + 0.2 + 1.75)
-    assert "no products of fp8 blocks and fp8 blocks" in found["ct, FP8 blockwise, 7 layers"]["missing"]
+    assert "no products of fp8 blocks, fp8 blocks, fp8 rows" in found["ct, FP8 blockwise, 7 layers"]["missing"]
     assert "no Lance pack of 50000 tokens" in found["pt, bf16, 9 layers"]["missing"]
     assert set(found) == {name for name in list(done)[:4]}
     del done[f"ct, {gpu_check.RATES}"], done[f"pt, {gpu_check.RATES}"]

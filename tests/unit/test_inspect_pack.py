@@ -60,3 +60,6 @@ def test_the_command_writes_a_picture_and_the_deal(tiny_run: TinyRun, command: C
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["pack_000000.png", "pack_000001.png"]
     with Image.open(tmp_path / "pack_000001.png") as picture:
         assert picture.size[0] > SIDE and picture.size[1] > SIDE
+    packs = len(PackIndex.open(tiny_run.folder / "index"))
+    done = command(f"inspect_pack {tiny_run.folder / 'index'} --pack {packs + 1}", folder=tmp_path)
+    assert done.code == 0 and f"pack {packs + 1} lies behind the last one: pack 1 again" in done.out

@@ -9,9 +9,11 @@ from megatron_lance.config.schema import RunConfig
 from megatron_lance.config.validate import validate
 from megatron_lance.model.lance_model import build_stages
 from megatron_lance.model.transformer_config import transformer_config
+from megatron_lance.packing.sample import Sample, Task
+from megatron_lance.packing.segment import Segment, SegmentKind
 from megatron_lance.profiling.memory import PackLoad, layer_activation_bytes, layers_of_stages, memory_per_rank
 from tests.shared import REPOSITORY
-from tests.unit.tiny_model import one_rank
+from tests.unit.tiny_model import batch_of, one_rank, pack_of, values_of
 
 CONFIGS = REPOSITORY / "examples" / "configs"
 LANCE_3B = 6_176_817_200
@@ -139,6 +141,47 @@ def test_what_layers_keep_by_implementation() -> None:
     assert local - bf16 == rows * (4 * ffn + norms)
     weights = 2 * ((16 + 4) * 128 * 2048 + 2048 * 2048 + 3 * 2048 * ffn)
     assert bf16 - (eight - 2 * weights) == pytest.approx(rows * (ffn + 2 * 2048 + 2048), rel=2e-3)  # eight rows more
+
+
+def test_gradients_are_quantised_beside_themselves_in_fp8() -> None:
+    """In the widest MLP's backward 8 bytes of a row and channel, 4 in bf16 and 4 in FP8, instead of 6 in bf16."""
+    plain = ["parallel.recompute_granularity=null", "model.transformer_impl=transformer_engine", "model.num_layers=2"]
+    load = PackLoad(ce_rows=100, copied_keys=100_000, und_rows=0.1, gen_rows=0.9)
+    runs = [
+        configuration("lance_3b.yaml", *plain, "parallel.region_alignment=16", recipe)
+        for recipe in ("fp8.recipe=none", "fp8.recipe=tensorwise")
+    ]
+    bf16, eight = (
+        memory_per_rank(run, 1, load)[0].activation_bytes - 2 * layer_activation_bytes(run, load) for run in runs
+    )
+    assert eight - bf16 == pytest.approx(2 * 11_008 * 0.9 * 50_000, rel=1e-3)  # some rows of padding
+
+
+def test_an_interleaved_schedule_has_inputs_of_passes_to_come() -> None:
+    """Both stages' layers are recomputed, so that inputs are what is kept: 7 or 3 passes of a group each, 2 ahead."""
+    full = ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=9", "training.global_batch_size=8"]
+    pp, vpp = (f"parallel.{name}pipeline_model_parallel_size=2" for name in ("", "virtual_"))
+    plain, interleaved = (
+        [one.activation_bytes for one in memory_per_rank(configuration("lance_3b.yaml", *full, *more), 2)]
+        for more in ((pp,), (pp, vpp))
+    )
+    one_input = 2 * 2048 * 50_000
+    assert (interleaved[0] - plain[0]) / one_input == pytest.approx(5 + 2 - 2 * 2, abs=0.01)
+    assert (interleaved[1] - plain[1]) / one_input == pytest.approx(3 + 2 - 2 * 1, abs=0.01)
+
+
+def test_the_load_is_the_most_of_any_pack() -> None:
+    """Rows of the head, keys and each expert's share may be of different packs."""
+    text, picture = Segment.text, Segment.visual(SegmentKind.NOISE, (1, 2, 2))
+    packs = [
+        pack_of(Sample("talk", Task.T2T, (text(30),), ((2, 30),)), spare=0),
+        pack_of(Sample("draw", Task.T2I, (text(3), picture, text(1))), spare=0),
+    ]
+    batches = [batch_of(pack, values_of(pack), alignment=1)[1] for pack in packs]
+    loads = [PackLoad.of([batch]) for batch in batches]
+    both = PackLoad.of(batches)
+    assert (both.ce_rows, both.und_rows) == (28, loads[0].und_rows) and both.gen_rows == loads[1].gen_rows > 0.3
+    assert both.copied_keys == max(load.copied_keys for load in loads) and both.widest_region == both.und_rows
 
 
 def test_a_line_names_every_part() -> None:

@@ -142,11 +142,23 @@ def test_a_footer_is_one_read(tmp_path: Path) -> None:
     assert storage.reads - reads == 1 + 2  # the wide one's is longer than what is asked for at first
 
 
+def test_a_damaged_file_is_not_read_as_a_footer(tmp_path: Path) -> None:
+    """Four bytes before the end of anything are a length."""
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(1_000_000) + (900_000).to_bytes(4, "little") + b"junk")
+    storage = fsspec.filesystem(CountedFileSystem.protocol)
+    reader, read = RecordReader(SourceConfig("a", f"counted://{tmp_path}", "t2i")), storage.bytes_read
+    with pytest.raises(DataSetError, match=r"a.parquet: is not a readable parquet file"):
+        reader.footer("a.parquet")
+    assert storage.bytes_read - read <= 1 << 16
+
+
 def test_footers_are_asked_for_together_where_threads_may_share_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(8):
         (tmp_path / f"{number}.parquet").write_bytes(GOOD)
+        (tmp_path / f"alone{number}").mkdir()
+        (tmp_path / f"alone{number}" / "a.parquet").write_bytes(GOOD)
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for number in range(8):
             archive.write(tmp_path / f"{number}.parquet", f"{number}.parquet")
@@ -161,13 +173,19 @@ def test_footers_are_asked_for_together_where_threads_may_share_the_storage(
         threads.add(threading.get_ident())
         return footer(self, file)
 
-    for path, one, shared in ((str(tmp_path), at_once, True), (f"zip://*.parquet::{tmp_path}/all.zip", in_turn, False)):
+    for path, one, shared in (
+        (f"{tmp_path}/?.parquet", at_once, True),
+        (f"zip://*.parquet::{tmp_path}/all.zip", in_turn, False),
+    ):
         monkeypatch.setattr(RecordReader, "footer", one)
         reader = RecordReader(SourceConfig("a", path, "t2i"))
         assert reader.threads_may_share == shared
         footers = read_footers([reader], progress=False)
         assert [footers[0, f"{number}.parquet"].rows for number in range(8)] == [1] * 8
     assert len(threads) == 1
+    monkeypatch.setattr(RecordReader, "footer", at_once)  # of sources of a file each, too
+    alone = [RecordReader(SourceConfig(str(number), f"{tmp_path}/alone{number}", "t2i")) for number in range(8)]
+    assert list(read_footers(alone, progress=False)) == [(number, "a.parquet") for number in range(8)]
 
 
 def test_the_first_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

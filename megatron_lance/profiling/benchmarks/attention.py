@@ -132,8 +132,8 @@ def _measure_all(
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
-    """Fill the cases in, the long ones first; a backend that must be compiled for each comes last, behind the rest."""
-    pairs = sorted(zip(cases, plans, strict=True), key=lambda pair: -pair[1].length)
+    """Fill the cases in, the long ones first, of one length in order; what is compiled for each comes last."""
+    pairs = sorted(zip(cases, plans, strict=True), key=lambda pair: -pair[0]["length"])
     for name, (case, plan) in tqdm([(name, pair) for name in names for pair in pairs], leave=False):
         try:
             case["backends"][name] = _measure(name, _Inputs(plan, DTYPES[args.dtype], device), args.repeats)

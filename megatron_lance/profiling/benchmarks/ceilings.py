@@ -15,9 +15,9 @@ from megatron_lance.config.schema import ModelConfig
 from megatron_lance.profiling.benchmarks.timing import percentiles, run_times
 
 MODEL = ModelConfig()
-BF16, FP8_FAST, FP8_EXACT, FP8_BLOCKS = KINDS = ("bf16", "fp8 fast", "fp8 exact", "fp8 blocks")
-"""Products: in FP8 with a scale per tensor and fast or exact accumulation, or scales per block (TransformerEngine takes
-the fast ones forward, the exact ones backward, where scales are those of tensors)."""
+BF16, FP8_FAST, FP8_EXACT, FP8_BLOCKS, FP8_ROWS = KINDS = ("bf16", "fp8 fast", "fp8 exact", "fp8 blocks", "fp8 rows")
+"""Products: in FP8 with a scale per tensor, fast or exact accumulation, or with one per 1 x 128 values of the first
+factor and 128 x 128 ("blocks") or 1 x 128 ("rows") of the second."""
 _BLOCK = 128
 _FP8_CAPABILITY = (8, 9)
 _FAILURES = (RuntimeError, ValueError, TypeError)
@@ -53,10 +53,12 @@ def _product(shape: tuple[int, int, int], kind: str, device: torch.device) -> Ca
         fast = kind == FP8_FAST
         return torch._scaled_mm(a8, b8.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
-    if kind != FP8_BLOCKS:
+    if kind in (FP8_FAST, FP8_EXACT):
         return lambda: product(one, one)
     across, down = -(-inputs // _BLOCK), -(-outputs // _BLOCK)
     of_a = torch.ones(across, rows, device=device).t()  # of 1 x 128 values, column by column
+    if kind == FP8_ROWS:
+        return lambda: product(of_a, torch.ones(across, outputs, device=device))
     of_b = torch.ones(down, -(-across // 4) * 4, device=device)[:, :across].t()  # of 128 x 128, rows in fours
     try:
         product(of_a, of_b)
