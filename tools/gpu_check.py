@@ -131,12 +131,14 @@ def _te(attention: str, recipe: str = "none") -> tuple[str, ...]:
 def first_light(attention: str) -> list[Step]:
     """Does the stack work at all, and which attention is fast."""
     table = ("--cases", "lance", "full", "--lengths", "16384", "32768", "65536", "--repeats", "5")
+    tests = "tests/gpu/test_attention_gpu.py"
     return [
         Step("stack", _python("tools/gpu_check.py", "stack", "--json", "{folder}/stack.json"), 60, "stack.json"),
         _profile("TransformerEngine layer", 60, "ct", 1, 8192, *_te(attention), steps=3),
-        _tests("attention backends against dense", 100, "tests/gpu/test_attention_gpu.py"),
+        _tests("attention backends against dense", 80, tests, "-k", "not flex"),
         _bench(RATES, 120, "attention", *table),
         *(_profile(f"FP8 layer, {recipe}", 60, "ct", 1, 8192, *_te(attention, recipe), steps=3) for recipe in RECIPES),
+        _tests("flex against dense", 100, tests, "-k", "flex"),
     ]
 
 
