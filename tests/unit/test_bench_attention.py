@@ -98,25 +98,23 @@ def test_a_device_that_fails_for_good_loses_nothing_measured_before(monkeypatch:
     assert set(long["backends"]) == {"sdpa"} and "illegal memory access" in short["failed"]["sdpa"]
 
 
-def test_products_that_torch_does_not_have_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU stands where a GPU is, and refuses the scales of blocks."""
+@pytest.mark.parametrize("kind", [kind for kind in ceilings.KINDS if kind != ceilings.BF16])
+@pytest.mark.parametrize("name", sorted(layer_shapes(8)))
+def test_scales_are_laid_out_as_torch_wants_them(kind: str, name: str) -> None:
+    """By its own rules for each scaling, which it has for tensors without values too."""
+    rows, inputs, outputs = layer_shapes(256)[name]
+    a, b = (torch.empty(n, inputs, dtype=torch.float8_e4m3fn, device="meta") for n in (rows, outputs))
+    result = ceilings.scaled_product(a, b, kind)()
+    assert result.shape == (rows, outputs) and result.dtype == torch.bfloat16
+
+
+def test_products_that_a_device_does_not_have_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands where a GPU is: it has products with a scale per tensor only."""
     monkeypatch.setattr(ceilings, "why_not_fp8", lambda device: "")
-
-    def scaled(a: torch.Tensor, b: torch.Tensor, *scales: torch.Tensor, **settings: Any) -> torch.Tensor:
-        if scales[0].dim():
-            assert scales[0].shape == (a.shape[0], -(-a.shape[1] // 128)) and scales[0].stride(0) == 1
-            across, down = -(-a.shape[1] // 128), -(-b.shape[1] // 128)
-            if scales[1].shape == (across, down):
-                assert scales[1].stride(0) == 1 and scales[1].stride(1) in (across, -(-across // 4) * 4)
-                raise RuntimeError("scaling of blocks is not supported")
-            assert scales[1].shape == (across, b.shape[1]) and scales[1].stride(1) == 1
-        return (a.float() @ b.float()).to(settings["out_dtype"])
-
-    monkeypatch.setattr(torch, "_scaled_mm", scaled)
-    monkeypatch.setattr(ceilings, "layer_shapes", lambda rows: {"qkv": (rows, 256, 384), "fc2": (rows, 1408, 256)})
+    monkeypatch.setattr(ceilings, "layer_shapes", lambda rows: {"qkv": (rows, 256, 384)})
     found = ceilings.measure_ceilings(16, 1 << 10, 1, torch.device("cpu"))
-    assert list(found["tflops"]) == ["bf16", "fp8 fast", "fp8 exact", "fp8 rows"]
-    assert found["absent"] == {"fp8 blocks": "RuntimeError: scaling of blocks is not supported"}
+    assert set(found["tflops"]) | set(found["absent"]) == set(ceilings.KINDS) and "bf16" in found["tflops"]
+    assert set(found["absent"]) >= {"fp8 blocks", "fp8 rows"} and all(found["absent"].values())
 
 
 def test_a_backend_that_fails_is_named_and_the_others_measured(monkeypatch: pytest.MonkeyPatch) -> None:

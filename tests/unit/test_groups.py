@@ -20,8 +20,8 @@ TASKS = Path("/proc/self/task")
 
 
 def gloo_loops() -> int:
-    """Threads that look after gloo's connections, one per group."""
-    return sum(file.read_text().strip() == "gloo_tcp_loop" for file in TASKS.glob("*/comm"))
+    """Threads that run collectives of gloo, two per group."""
+    return sum(file.read_text().strip() == "pt_gloo_runloop" for file in TASKS.glob("*/comm"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts threads of gloo; NCCL serves here")

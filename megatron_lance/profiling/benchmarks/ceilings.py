@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import ScalingType, scaled_mm
 
 from megatron_lance.config.schema import ModelConfig
 from megatron_lance.profiling.benchmarks.timing import percentiles, run_times
@@ -47,24 +48,38 @@ def _product(shape: tuple[int, int, int], kind: str, device: torch.device) -> Ca
     )
     if kind == BF16:
         return lambda: a @ b.t()
-    a8, b8, one = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), torch.ones((), device=device)
+    return scaled_product(a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn), kind)
 
-    def product(scale_a: torch.Tensor, scale_b: torch.Tensor) -> torch.Tensor:
-        fast = kind == FP8_FAST
-        return torch._scaled_mm(a8, b8.t(), scale_a, scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
-    if kind in (FP8_FAST, FP8_EXACT):
-        return lambda: product(one, one)
-    across, down = -(-inputs // _BLOCK), -(-outputs // _BLOCK)
-    of_a = torch.ones(across, rows, device=device).t()  # of 1 x 128 values, column by column
-    if kind == FP8_ROWS:
-        return lambda: product(of_a, torch.ones(across, outputs, device=device))
-    of_b = torch.ones(down, -(-across // 4) * 4, device=device)[:, :across].t()  # of 128 x 128, rows in fours
-    try:
-        product(of_a, of_b)
-    except _FAILURES:  # versions of torch before cuBLAS's rule was known
-        of_b = torch.ones(down, across, device=device).t()
-    return lambda: product(of_a, of_b)
+def scaled_product(a: torch.Tensor, b: torch.Tensor, kind: str) -> Callable[[], torch.Tensor]:
+    """The product of two matrices in FP8, bf16 `(rows, outputs)`, with scales of one.
+
+    Args:
+        a: FP8 `(rows, inputs)`.
+        b: FP8 `(outputs, inputs)`.
+        kind: of KINDS but for bf16.
+    """
+    (rows, inputs), (outputs, _) = a.shape, b.shape
+    blocks = inputs // _BLOCK
+
+    def ones(*size: int) -> torch.Tensor:
+        """float32, stored column by column."""
+        return torch.ones(*reversed(size), device=a.device).t()
+
+    scales: dict[str, tuple[Any, torch.Tensor, Any, torch.Tensor]] = {
+        FP8_BLOCKS: (
+            *(ScalingType.BlockWise1x128, ones(rows, blocks)),
+            *(ScalingType.BlockWise128x128, ones(-(-blocks // 4) * 4, outputs // _BLOCK)),
+        ),
+        FP8_ROWS: (
+            *(ScalingType.BlockWise1x128, ones(rows, blocks)),
+            *(ScalingType.BlockWise1x128, ones(outputs, blocks)),
+        ),
+    }
+    one = torch.ones((), device=a.device)
+    of_a, scale_a, of_b, scale_b = scales.get(kind, (ScalingType.TensorWise, one, ScalingType.TensorWise, one))
+    fast = kind == FP8_FAST
+    return lambda: scaled_mm(a, b.t(), scale_a, of_a, scale_b, of_b, use_fast_accum=fast)
 
 
 def why_not_fp8(device: torch.device) -> str:
