@@ -3,16 +3,21 @@
 Station: before any process group exists.  megatron-core names its device "cuda" in many places although nothing in
 the code paths used here needs a GPU.  This module, and no other, redirects those names to the CPU when no GPU is
 present: device queries, RNG state access, `device="cuda"` arguments, `.cuda()` and the tensor type strings that the
-distributed optimizer compares.  Every collective, schedule and optimizer step then runs for real.
+distributed optimizer compares.  Where TransformerEngine or apex is installed, whose kernels megatron-core's optimizer
+takes and which need a GPU, it gets what it takes without them.  Every collective, schedule and optimizer step then runs
+for real.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core import utils as megatron_utils
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
@@ -47,6 +52,29 @@ class _CudaNamesToCpu(TorchFunctionMode):
 
 _mode: _CudaNamesToCpu | None = None
 
+_KERNELS = {
+    "multi_tensor_applier": megatron_utils.local_multi_tensor_applier,
+    "multi_tensor_scale_impl": megatron_utils.local_multi_tensor_scale,
+}
+_OPTIMIZER: dict[str, dict[str, Any]] = {
+    "": {"Adam": torch.optim.AdamW, "SGD": torch.optim.SGD, "USING_PYTORCH_OPTIMIZER": True},
+    ".distrib_optimizer": dict.fromkeys(("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"), False),
+    ".optimizer": _KERNELS,
+    ".clip_grads": {**_KERNELS, "l2_norm_impl": megatron_utils.local_multi_tensor_l2_norm},
+}
+"""What megatron-core's optimizer takes without TransformerEngine and apex, by its module."""
+
+replaced: list[tuple[Any, str, Any]] = []
+"""(module, name, value) of what it had taken of them."""
+
+
+def _replace_gpu_optimizers() -> None:
+    for name, values in _OPTIMIZER.items():
+        module = importlib.import_module(f"megatron.core.optimizer{name}")
+        for key, value in values.items():
+            replaced.append((module, key, getattr(module, key)))
+            setattr(module, key, value)
+
 
 def _get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
     return torch.get_rng_state()
@@ -80,6 +108,8 @@ def start_if_needed() -> bool:
             setattr(torch.cuda, name, _do_nothing())
         torch.cuda.get_rng_state = megatron_random._get_cuda_rng_state = _get_state
         torch.cuda.set_rng_state = megatron_random._set_cuda_rng_state = _set_state
+        if find_spec("transformer_engine") or find_spec("amp_C"):
+            _replace_gpu_optimizers()
         _mode = _CudaNamesToCpu()
         _mode.__enter__()
         logger.info("no GPU: megatron-core runs on the CPU over gloo")

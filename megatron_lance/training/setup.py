@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import Adam, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 
@@ -127,14 +128,15 @@ def _connect_schedule(
         config.no_sync_func = waits[0] if len(waits) == 1 else waits
 
 
-def optimizer_in_use(adam: type = Adam) -> str:
+def optimizer_in_use(adam: type | None = None) -> str:
     """Which Adam megatron-core has found, in its order of preference: TransformerEngine's, apex's, torch's.
 
     Only NVIDIA's apex has the module amp_C; another package of that name on PyPI has no optimizer.
 
     Args:
-        adam: the class that it took.
+        adam: the class that it took; None: that of this process.
     """
+    adam = adam or core_optimizer.Adam
     names = {"transformer_engine": "FusedAdam of TransformerEngine", "apex": "FusedAdam of apex"}
     return names.get(adam.__module__.split(".")[0], "Adam of torch")
 

@@ -23,13 +23,17 @@ from megatron_lance.config.schema import Fp8Config, ModelConfig, ParallelConfig,
 from megatron_lance.model import layer_specs
 from megatron_lance.model.lance_model import LanceModel, build_stages
 from megatron_lance.model.transformer_config import transformer_config
+from megatron_lance.objectives.losses import LossCounts
 from megatron_lance.ops import attention_te
 from megatron_lance.ops.attention_varlen import VarlenCall, varlen_calls
 from megatron_lance.packing.attention_plan import AttentionPlan
+from megatron_lance.parallel import cpu_rehearsal
 from megatron_lance.parallel.groups import Groups
 from megatron_lance.training.setup import Trainee, optimizer_in_use
 from megatron_lance.training.setup import build as build_trainee
-from tests.unit.tiny_model import TOKENIZER_SIZE, mixed_pack, one_rank, with_model
+from megatron_lance.training.step import forward_backward
+from megatron_lance.training.update import update
+from tests.unit.tiny_model import TOKENIZER_SIZE, batch_of, mixed_pack, one_rank, values_of, with_model
 
 REASON = "needs TransformerEngine, which cannot be imported"
 te = pytest.importorskip("transformer_engine.pytorch", reason=REASON, exc_type=ImportError)
@@ -64,6 +68,8 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Groups]:
         monkeypatch.setattr("transformer_engine.pytorch.module.base.torch", WithGpu(torch))
         monkeypatch.setattr("transformer_engine.pytorch.quantization.get_default_fp8_recipe", recipes.DelayedScaling)
     with one_rank() as groups:
+        for module, name, value in cpu_rehearsal.replaced:  # the optimizer too is the one for GPUs
+            monkeypatch.setattr(module, name, value)
         yield groups
 
 
@@ -157,7 +163,7 @@ def test_layers_can_leave_fp8(groups: Groups) -> None:
     assert {recipe for recipe, parts in found.items() if parts.without_fp8} == {"tensorwise", "blockwise", "mxfp8"}
 
 
-def test_adam_is_transformer_engines() -> None:
+def test_adam_is_transformer_engines(groups: Groups) -> None:
     assert optimizer_in_use() == "FusedAdam of TransformerEngine"
 
 
@@ -226,3 +232,20 @@ def test_checkpoints_are_interchangeable(
         else:
             assert (linear.fp8_meta["scaling_fwd"].scale == 7).all()
             assert (linear.fp8_meta["scaling_bwd"].amax_history == 5).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU it is not used; there is one")
+def test_without_a_gpu_models_train_as_if_it_were_not_there() -> None:
+    pack = mixed_pack()
+    run = RunConfig(model=LOCAL, training=TrainingConfig(precision="bf16", global_batch_size=1))
+    with one_rank() as groups:
+        trainee = build_trainee(run, groups, TOKENIZER_SIZE, RandomSource(1, LOCAL))
+        assert optimizer_in_use() == "Adam of torch"
+        before = [p.detach().clone() for p in trainee.stages[0].parameters()]
+        batch = batch_of(pack, values_of(pack))[1].to(torch.device("cpu"), torch.bfloat16)
+        own = forward_backward(trainee, [batch], LossCounts.of([pack]), run.objective, groups, broken=0)
+        update(trainee, own)
+        assert any(not torch.equal(a, b) for a, b in zip(before, trainee.stages[0].parameters(), strict=True))
+        assert state_tree(
+            TrainingState(trainee.chunks, trainee.optimizer, trainee.scheduler, ()), DP_RESHARDABLE, False
+        )
