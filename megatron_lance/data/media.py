@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -34,6 +34,8 @@ MAX_PIXELS = 1 << 25
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 # BT.601 whatever the clip's tag says, as DALI's decoders do.  These are PyAV's own swscale flags; with
 # FULL_CHR_H_INT | ACCURATE_RND the pixels are DALI's CPU decoder's bit for bit, at 3.5 times the cost per frame.
+_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""For titles and the like that are no UTF-8; from version 19 on PyAV takes them as they are."""
 _INTERPOLATION = Interpolation.BILINEAR
 _COLORSPACE = Colorspace.ITU601
 
@@ -204,7 +206,7 @@ def _open_video(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             "r",
             format="mov" if _is_mp4(data) else None,  # so that FFmpeg need not try its demuxers
             options={"format_whitelist": VIDEO_FORMATS},
-            metadata_errors="ignore",
+            **_METADATA,
         ) as container:
             if not container.streams.video:
                 raise MediaError(f"no video stream in the {container.format.name} file")

@@ -214,6 +214,20 @@ def test_frames_hidden_by_an_edit_list_do_not_count() -> None:
         media.read_frames(data, (34,))
 
 
+def test_a_title_that_is_no_utf_8_does_no_harm() -> None:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        container.metadata["title"] = "cafeteria"
+        stream = container.add_stream("libx264", rate=12)
+        stream.width = stream.height = 64
+        container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        container.mux(stream.encode())
+    data = file.getvalue().replace(b"cafeteria", b"caf\xe9teria")
+    assert (
+        b"caf\xe9teria" in data and probe(data).n_frames == 1 and media.read_frames(data, (0,)).shape == (1, 64, 64, 3)
+    )
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
 def test_png_of_any_mode_becomes_rgb(mode: str) -> None:
     image = Image.fromarray(picture(30)).convert(mode)

